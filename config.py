@@ -1,0 +1,182 @@
+"""Every setting of an experiment, with its default and one line of explanation; and the named presets.
+
+`Config` is flat: one line is one setting, and its comment is what `python main.py --help` shows. To add a setting, add a
+line here and read it where it is needed; a class of a dictionary such as PROCESSES gets it by naming it in `__init__`.
+`PRESETS` hold only what differs from the defaults, which train CIFAR-10. `CHOICES` says which dictionary, in which file,
+holds the allowed names of a setting. `problems` finds settings that contradict each other.
+This file imports nothing of the project, and nothing heavy: `--help` and wrong settings answer at once.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class Config:
+    # ---- The run
+    run_name: str = "cifar10"  # Its folder is CKPT_DIR/RUN_NAME. The same command goes on with a run that was stopped.
+    ckpt_dir: str = "ckpts"  # Folder of all runs.
+    seed: int = 0  # Seed of everything random: weights, batches, times, noise, samples.
+
+    # ---- Data
+    dataset: str = "cifar10"  # A name of DATASETS in data_utils.py, or a FILE.npz or FILE.npy of vectors or images.
+    data_dir: str = "data"  # Folder of downloaded data; for image_folder the folder of class folders.
+    image_size: int = 32  # Images of image_folder are resized and centre-cropped to this many pixels a side.
+    random_flip: bool = True  # Mirror each training image left to right with probability 1/2.
+    overfit_one_batch: bool = False  # Train on the batch of step 0 alone: a network that cannot learn it has a bug.
+
+    # ---- Process: xt = alpha(t) x0 + sigma(t) x1, with t = 0 data and t = 1 noise
+    process: str = "rf"  # How data turns into noise.
+    beta_min: float = 0.1  # linear_vp: noise rate beta at t = 0.
+    beta_max: float = 20.0  # linear_vp: noise rate beta at t = 1.
+    T_min: float = 1e-4  # Least time, in training and sampling.
+    T_max: float = 0.9999  # Greatest time, in training and sampling.
+
+    # ---- Prediction and training times
+    model_type: str = "velocity"  # What the network outputs.
+    target_type: str = "velocity"  # What the squared error compares, after conversion of the network's output.
+    time_sampler: str = "uniform"  # How training times are drawn.
+    logit_normal_loc: float = 0.0  # logit_normal: mean of logit(t); above 0 means more noise.
+    logit_normal_scale: float = 1.0  # logit_normal: standard deviation of logit(t).
+
+    # ---- Network
+    network: str = "unet"  # Architecture; every one is called as net(xt, t, label).
+    model_channels: int = 128  # unet: channels at full resolution.
+    channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # unet: multiples of model_channels, one for each resolution.
+    num_res_blocks: int = 2  # unet: residual blocks at each resolution.
+    attention_resolutions: tuple[int, ...] = (16,)  # unet: image sides, in pixels, at which there is self-attention.
+    hidden_dim: int = 256  # mlp: width.
+    num_layers: int = 4  # mlp: residual layers.
+    dropout: float = 0.1  # Dropout inside the network.
+    class_conditional: bool = False  # Give the network the labels.
+    label_dropout: float = 0.1  # Share of training labels that are hidden, so that guidance has an unconditional field.
+
+    # ---- Optimization
+    batch_size: int = 128  # Images in one step, over all processes and accumulation steps.
+    accumulation_steps: int = 1  # Each process takes its share of the batch in this many parts, to save memory.
+    num_training_steps: int = 400_000  # Optimizer steps.
+    base_lr: float = 2e-4  # Learning rate after warm-up.
+    min_lr: float = 0.0  # Learning rate at the end of the cosine schedule.
+    lr_schedule: str = "constant"  # Learning rate after warm-up.
+    warmup_steps: int = 5000  # Steps in which the learning rate rises linearly to base_lr.
+    weight_decay: float = 0.0  # AdamW's decay of the matrices; biases and norms have none.
+    grad_clip_norm: float = 1.0  # Gradients of a larger norm are scaled down to this one; 0 turns it off.
+    ema_decay: float = 0.9999  # Decay of the moving average of the weights; shorter at the start, as (1 + n) / (10 + n).
+
+    # ---- Sampling: the grids drawn in training, and the defaults of sample.py
+    sampler: str = "heun"  # Sampler of the first row of grids, and of sample.py.
+    sde_sampler: str = "euler_maruyama"  # Sampler of the second row of grids.
+    sde_diffusion: str = "sigma"  # Noise that the SDE adds, as g(t)^2 / 2; delta is the exact reversal of the process.
+    sampling_steps: int = 50  # Steps from T_max to T_min; heun takes two network calls in each but the last.
+    guidance_scale: float = 1.0  # Classifier-free guidance; 1 is none.
+    num_samples: int = 64  # Samples in a grid.
+    sampling_batch_size: int = 500  # Samples that one process draws at once.
+
+    # ---- Watching
+    log_every: int = 100  # Steps between lines of metrics.
+    sample_every: int = 10_000  # Steps between sample grids; 0: only at the end.
+    save_every: int = 5000  # Steps between checkpoints; 0: only at the end.
+    wandb: Literal["online", "offline", "disabled"] = "online"  # Without a key or a network, online falls back to offline.
+    wandb_project: str = "diffusion"  # Project under which wandb files the run.
+
+    # ---- Devices
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one.
+    bf16: bool | None = None  # Run the network in bfloat16 (autocast). None: on a GPU only.
+    compile: bool | None = None  # Compile the network with torch.compile. None: on a GPU only.
+    channels_last: bool = True  # Keep images as (B, H, W, C) in memory, which convolutions like.
+    tf32: bool = True  # Allow TF32 in float32 products on a GPU.
+
+
+PRESETS = {
+    "cifar10": {},
+    "cifar10_debug": dict(
+        run_name="cifar10_debug", overfit_one_batch=True, random_flip=False, model_channels=32, dropout=0.0,
+        attention_resolutions=(8,), num_res_blocks=1, batch_size=16, num_training_steps=300, base_lr=1e-3, warmup_steps=20,
+        ema_decay=0.99, sampling_steps=20, num_samples=16, log_every=10, sample_every=100, save_every=100,
+    ),
+    "digits": dict(
+        run_name="digits", dataset="digits", random_flip=False, class_conditional=True, model_channels=24, channel_mults=(1, 2),
+        attention_resolutions=(), num_res_blocks=1, dropout=0.0, num_training_steps=500, base_lr=2e-3, lr_schedule="cosine",
+        warmup_steps=50, ema_decay=0.99, sampling_steps=20, num_samples=100, log_every=20, sample_every=250, save_every=250,
+    ),
+    "mnist": dict(
+        run_name="mnist", dataset="mnist", random_flip=False, class_conditional=True, model_channels=64, channel_mults=(1, 2, 2),
+        attention_resolutions=(7,), dropout=0.0, num_training_steps=20_000, base_lr=1e-3, lr_schedule="cosine", warmup_steps=500,
+        ema_decay=0.999, num_samples=100, sample_every=2000, save_every=2000,
+    ),
+    "fashion_mnist": dict(
+        run_name="fashion_mnist", dataset="fashion_mnist", class_conditional=True, model_channels=64, channel_mults=(1, 2, 2),
+        attention_resolutions=(7,), num_training_steps=40_000, base_lr=1e-3, lr_schedule="cosine", warmup_steps=500,
+        ema_decay=0.999, num_samples=100, sample_every=4000, save_every=4000,
+    ),
+    "image_folder": dict(run_name="image_folder", dataset="image_folder", data_dir="data/images", class_conditional=True),
+    "moons": dict(
+        run_name="moons", dataset="moons", network="mlp", random_flip=False, dropout=0.0, batch_size=512, num_training_steps=3000,
+        base_lr=2e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.99, num_samples=2000, sample_every=1000, save_every=1000,
+    ),
+}
+
+# Settings that name an entry of a dictionary: setting -> (file, dictionary). The names are the dictionary's keys.
+CHOICES = {
+    "process": ("processes.py", "PROCESSES"),
+    "model_type": ("prediction.py", "PREDICTIONS"),
+    "target_type": ("prediction.py", "PREDICTIONS"),
+    "time_sampler": ("time_samplers.py", "TIME_SAMPLERS"),
+    "network": ("trainer.py", "NETWORKS"),
+    "lr_schedule": ("optimizers.py", "SCHEDULES"),
+    "sampler": ("sampling.py", "SAMPLERS"),
+    "sde_sampler": ("sampling.py", "SAMPLERS"),
+    "sde_diffusion": ("sampling.py", "DIFFUSIONS"),
+}
+
+# Settings that may differ when a run goes on: they change how it is run and watched, not what it computes.
+MAY_CHANGE = {
+    "ckpt_dir", "data_dir", "accumulation_steps", "num_training_steps", "sampler", "sde_sampler", "sde_diffusion", "sampling_steps",
+    "guidance_scale", "num_samples", "sampling_batch_size", "log_every", "sample_every", "save_every", "wandb", "wandb_project", "device", "bf16",
+    "compile", "channels_last", "tf32",
+}
+
+
+def problems(c: Config, world_size: int) -> list[str]:
+    """Settings out of range, or that contradict each other, one line each with the way out; an empty list if all is well.
+
+    `world_size` is the number of processes. What depends on the data or on a formula is checked where it is known
+    (data_utils.load_dataset, prediction.check_times), also before any data is read.
+    """
+    found = []
+    positive = ("batch_size", "accumulation_steps", "num_training_steps", "base_lr", "sampling_steps", "num_samples", "log_every",
+                "sampling_batch_size", "image_size", "model_channels", "num_res_blocks", "hidden_dim", "num_layers", "logit_normal_scale")
+    for name in positive:
+        if not getattr(c, name) > 0:
+            found.append(f"{name} is {getattr(c, name)}: expected more than 0")
+    for name in ("seed", "warmup_steps", "weight_decay", "grad_clip_norm", "sample_every", "save_every", "min_lr"):
+        if not getattr(c, name) >= 0:
+            found.append(f"{name} is {getattr(c, name)}: expected 0 or more")
+    for name in ("dropout", "label_dropout", "ema_decay"):
+        if not 0 <= getattr(c, name) < 1:
+            found.append(f"{name} is {getattr(c, name)}: expected a number in [0, 1)")
+    if found:
+        return found
+
+    parts = world_size * c.accumulation_steps
+    if c.batch_size % parts:
+        found.append(f"batch_size {c.batch_size} is not divisible by {world_size} processes x {c.accumulation_steps} accumulation_steps: use "
+                     f"--batch_size {-(-c.batch_size // parts) * parts}, or other accumulation_steps")
+    if c.warmup_steps > c.num_training_steps:
+        found.append(f"warmup_steps {c.warmup_steps} is longer than the training of {c.num_training_steps} steps: "
+                     f"use --warmup_steps {c.num_training_steps // 10}, or more --num_training_steps")
+    if c.min_lr > c.base_lr:
+        found.append(f"min_lr {c.min_lr} is above base_lr {c.base_lr}: lower --min_lr")
+    if not 0 <= c.T_min < c.T_max <= 1:
+        found.append(f"T_min {c.T_min} and T_max {c.T_max}: expected 0 <= T_min < T_max <= 1, such as --T_min 1e-4 --T_max 0.9999")
+    if not 0 < c.beta_min <= c.beta_max:
+        found.append(f"beta_min {c.beta_min} and beta_max {c.beta_max}: expected 0 < beta_min <= beta_max, such as 0.1 and 20")
+    if c.guidance_scale != 1 and not c.class_conditional:
+        found.append(f"guidance_scale {c.guidance_scale} needs labels: use --class_conditional True, or --guidance_scale 1")
+    if c.guidance_scale != 1 and c.class_conditional and c.label_dropout == 0:
+        found.append(f"guidance_scale {c.guidance_scale} needs an unconditional field: use --label_dropout 0.1, or --guidance_scale 1")
+    if not c.channel_mults or min(c.channel_mults) < 1:
+        found.append(f"channel_mults {c.channel_mults}: expected one positive number for each resolution, such as 1 2 2")
+    if not c.run_name or "/" in c.run_name or c.run_name.startswith("."):
+        found.append(f"run_name {c.run_name!r}: expected the name of a folder, without '/' and not starting with '.'")
+    return found

@@ -1,0 +1,277 @@
+"""Data sets, and the batch of step s as a function of (seed, s).
+
+A data set is an array of uint8 images (N, C, H, W) or float32 vectors (N, D), with labels (N,) int64 or None. A `DataSpec` says
+what the numbers mean: `encode` takes them to the network's scale (images to [-1, 1], vectors to mean 0 and standard deviation
+1), `decode` takes samples back. Arrays stay in memory, or on disk where they come from a folder of images, and are read a
+whole batch at a time.
+
+To add a data set, write a function that returns `make_dataset(data, labels)` and give it a row in DATASETS. It is called on
+rank 0 first, with download=True; its arguments are those of `load_dataset` that it names.
+"""
+
+import functools
+import glob
+import hashlib
+import os
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils import UserError, choose, import_torchvision, make_seed, to_uint8, write_atomically
+
+CACHE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "cache")  # decoded image folders
+
+
+@dataclass
+class DataSpec:
+    """Shape of one item, number of classes (0: no labels), and the scale: `mean` and `std`, of one number or of D numbers."""
+
+    shape: tuple[int, ...]
+    num_classes: int
+    mean: list[float]
+    std: list[float]
+
+    @property
+    def is_image(self) -> bool:
+        return len(self.shape) == 3
+
+    def encode(self, data: Tensor) -> Tensor:
+        """Data (B, ...) as they are stored -> float32 on the network's scale."""
+        return (data.float() - data.new_tensor(self.mean, dtype=torch.float32)) / data.new_tensor(self.std, dtype=torch.float32)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Samples (B, ...) on the network's scale -> uint8 images or float32 vectors in the data's own units."""
+        if self.is_image:
+            return to_uint8(x, self.mean[0], self.std[0])
+        return x.float() * x.new_tensor(self.std) + x.new_tensor(self.mean)
+
+
+@dataclass
+class Dataset:
+    data: np.ndarray  # (N, C, H, W) uint8 or (N, D) float32
+    labels: np.ndarray | None  # (N,) int64
+    spec: DataSpec
+
+
+def make_dataset(data: np.ndarray, labels: np.ndarray | None) -> Dataset:
+    """A data set of images (N, C, H, W) uint8 or vectors (N, D), with labels (N,) of whole numbers from 0, or None."""
+    labels = None if labels is None else np.asarray(labels, np.int64)
+    num_classes = 0 if labels is None else int(labels.max()) + 1
+    if data.ndim == 4:
+        return Dataset(data, labels, DataSpec(tuple(data.shape[1:]), num_classes, [127.5], [127.5]))
+    data = np.asarray(data, np.float32)
+    std = data.std(0, dtype=np.float64)
+    spec = DataSpec(tuple(data.shape[1:]), num_classes, data.mean(0, dtype=np.float64).tolist(), np.where(std > 0, std, 1.0).tolist())
+    return Dataset(data, labels, spec)
+
+
+# ---- Data sets that are downloaded
+
+
+def from_torchvision(name: str, folder: str, data_dir: str, download: bool) -> Dataset:
+    """The training split of torchvision's class `name`, whose archives lie in `data_dir`/`folder`. Only rank 0 downloads."""
+    datasets = import_torchvision().datasets
+    cls = getattr(datasets, name)
+    try:
+        data = cls(data_dir, train=True, download=download)
+    except (OSError, RuntimeError, EOFError) as error:  # no network, no room, a bad archive
+        files = [(cls.filename, cls.tgz_md5)] if hasattr(cls, "tgz_md5") else cls.resources
+        source = cls.url if hasattr(cls, "url") else cls.mirrors[-1]
+        files = [(os.path.join(data_dir, folder, file), md5) for file, md5 in files]
+        corrupt = [path for path, md5 in files if os.path.exists(path) and not datasets.utils.check_integrity(path, md5)]
+        wrong = f"{corrupt[0]} is corrupt (its MD5 is not the published one)" if corrupt else f"{name} is not in {data_dir}"
+        raise UserError(f"{wrong} and cannot be downloaded ({str(error).splitlines()[0]}): put {' and '.join(p for p, _ in files)} there, "
+                        f"from {source}, or run the preset 'digits', which needs no download") from error
+    images = np.asarray(data.data)
+    images = images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # (N, C, H, W)
+    return make_dataset(images, np.asarray(data.targets))
+
+
+def cifar10(data_dir: str, download: bool) -> Dataset:
+    """50,000 photographs of 10 classes, 32 x 32."""
+    return from_torchvision("CIFAR10", "", data_dir, download)
+
+
+def mnist(data_dir: str, download: bool) -> Dataset:
+    """60,000 handwritten digits, 28 x 28."""
+    return from_torchvision("MNIST", "MNIST/raw", data_dir, download)
+
+
+def fashion_mnist(data_dir: str, download: bool) -> Dataset:
+    """60,000 pictures of 10 kinds of clothes, 28 x 28."""
+    return from_torchvision("FashionMNIST", "FashionMNIST/raw", data_dir, download)
+
+
+# ---- Data sets that need no download
+
+
+def digits() -> Dataset:
+    """1,797 handwritten digits, 8 x 8, which scikit-learn ships (values 0 to 16, here 0 to 255)."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return make_dataset(np.rint(data.images * (255 / 16)).astype(np.uint8)[:, None], data.target)
+
+
+def moons() -> Dataset:
+    """20,000 points on two half circles, of radius 1, with noise 0.05; the label says which."""
+    from sklearn.datasets import make_moons
+
+    return make_dataset(*make_moons(20_000, noise=0.05, random_state=0))
+
+
+def eight_gaussians() -> Dataset:
+    """20,000 points of eight Gaussians, of standard deviation 0.1, on a circle of radius 2; the label says which."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(8, size=20_000)
+    centres = 2 * np.stack([np.cos(labels * np.pi / 4), np.sin(labels * np.pi / 4)], axis=1)
+    return make_dataset(centres + 0.1 * rng.standard_normal((20_000, 2)), labels)
+
+
+def checkerboard() -> Dataset:
+    """20,000 points, uniform on the eight black squares of a 4 x 4 board on [-2, 2]^2; the label says which square."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(8, size=20_000)
+    column, row = labels % 4, 2 * (labels // 4) + labels % 2  # row + column is even
+    corner = np.stack([column, row], axis=1)
+    return make_dataset(corner - 2 + rng.random((20_000, 2)), labels)
+
+
+# ---- Your own data
+
+
+def decode_image(path: str, size: int) -> np.ndarray:
+    """The image as (3, size, size) uint8, resized so that it covers the square, and cropped in the middle."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a readable image ({str(error).splitlines()[0]}): mend or remove it") from error
+
+
+def image_folder(data_dir: str, image_size: int) -> Dataset:
+    """A folder of class folders of images of any size, decoded once into data/cache and read from there until the folder changes."""
+    try:
+        folder = import_torchvision().datasets.ImageFolder(data_dir)
+    except OSError as error:
+        raise UserError(f"{data_dir} is no folder of class folders of images ({str(error).splitlines()[0]}): expected "
+                        "DATA_DIR/CLASS/IMAGE.jpg (or .png, ...); set --data_dir") from error
+    paths, labels = [path for path, _ in folder.samples], [label for _, label in folder.samples]
+    listing = "\n".join(f"{path} {(stat := os.stat(path)).st_size} {stat.st_mtime_ns}" for path in paths)
+    prefix = os.path.join(CACHE, f"{hashlib.sha256(os.path.abspath(data_dir).encode()).hexdigest()[:12]}-{image_size}-")
+    cache = f"{prefix}{hashlib.sha256(listing.encode()).hexdigest()[:12]}.npy"
+
+    def write(file):
+        shape = (len(paths), 3, image_size, image_size)
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc="decoding images", disable=None) as bar:
+            for start in range(0, len(paths), 1024):
+                for image in pool.map(functools.partial(decode_image, size=image_size), paths[start : start + 1024]):
+                    file.write(image.tobytes())
+                    bar.update()
+
+    if not os.path.exists(cache):
+        os.makedirs(CACHE, exist_ok=True)
+        for old in glob.glob(f"{prefix}*.npy"):
+            os.remove(old)
+        write_atomically(cache, write)
+    return make_dataset(np.load(cache, mmap_mode="r"), np.asarray(labels))
+
+
+def from_array_file(path: str) -> Dataset:
+    """Vectors (N, D) or uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) of a .npy or .npz file (`arr_0`, labels `arr_1`)."""
+    try:
+        file = np.load(path, allow_pickle=False)
+        arrays = {name: file[name] for name in file.files} if hasattr(file, "files") else {"arr_0": file}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path} ({str(error).splitlines()[0]}): expected a .npz or .npy file of numbers, "
+                        "as numpy.savez writes it") from error
+    data, labels = arrays.get("arr_0"), arrays.get("arr_1")
+    if data is None:
+        raise UserError(f"{path} has no array arr_0, only {', '.join(arrays) or 'nothing'}: write it as numpy.savez(path, data, labels)")
+    if data.ndim == 3 and data.dtype == np.uint8:
+        data = data[:, None]
+    elif data.ndim == 4 and data.dtype == np.uint8 and data.shape[3] in (1, 3, 4):
+        data = np.ascontiguousarray(data.transpose(0, 3, 1, 2))
+    is_images = data.ndim == 4 and data.dtype == np.uint8 and data.shape[1] in (1, 3, 4)
+    is_vectors = data.ndim == 2 and np.issubdtype(data.dtype, np.number) and not np.issubdtype(data.dtype, np.complexfloating)
+    if not (is_images or is_vectors) or 0 in data.shape:
+        raise UserError(f"{path} holds {data.dtype} of shape {data.shape}: expected vectors (N, D) or uint8 images (N, H, W), (N, H, W, C) "
+                        "or (N, C, H, W) with C 1, 3 or 4")
+    if is_vectors and not np.isfinite(data).all():
+        raise UserError(f"{path} holds values that are not finite: expected finite numbers; remove these rows")
+    if labels is not None and not (labels.shape == data.shape[:1] and np.issubdtype(labels.dtype, np.integer) and labels.min() >= 0):
+        raise UserError(f"{path}: labels arr_1 are {labels.dtype} of shape {labels.shape}: expected whole numbers from 0, "
+                        f"of shape {data.shape[:1]}")
+    return make_dataset(data, labels)
+
+
+DATASETS = {
+    "cifar10": cifar10,
+    "mnist": mnist,
+    "fashion_mnist": fashion_mnist,
+    "digits": digits,
+    "image_folder": image_folder,
+    "moons": moons,
+    "eight_gaussians": eight_gaussians,
+    "checkerboard": checkerboard,
+}
+
+
+def is_array_file(name: str) -> bool:
+    return name.endswith((".npz", ".npy"))
+
+
+def check_labels(name: str) -> None:
+    """Raises UserError if this data set has no labels, from its name or its file's table of contents, before data are read."""
+    has_labels = not is_array_file(name)
+    if name.endswith(".npz") and zipfile.is_zipfile(name):
+        has_labels = "arr_1.npy" in zipfile.ZipFile(name).namelist()
+    if not has_labels:
+        raise UserError(f"class_conditional is set, but {name} has no labels: use --class_conditional False, or add labels as arr_1 of "
+                        "a .npz file")
+
+
+def load_dataset(name: str, data_dir: str = "data", image_size: int = 32, download: bool = False) -> Dataset:
+    """The data set of this name, or in this .npz or .npy file.
+
+    `image_size` is in pixels, for image_folder. Raises UserError for an unknown name, and for data that are missing or bad.
+    """
+    if is_array_file(name):
+        return from_array_file(name)
+    if name not in DATASETS:
+        raise UserError(f"dataset {name!r} is not known: expected one of {', '.join(DATASETS)}, or a FILE.npz or FILE.npy")
+    return choose(DATASETS, name, data_dir=data_dir, image_size=image_size, download=download)
+
+
+class Batches:
+    """The rows of a data set that step s takes: epoch after epoch, each in a random order that is a function of (seed, epoch).
+
+    Called with a step it gives the items `rows` (a slice) of the global batch: uint8 or float32 (B, ...), and labels (B,) or None.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int):
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.order = functools.lru_cache(maxsize=2)(self._order)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng(make_seed(self.seed, "epoch", epoch)).permutation(len(self.dataset.data))
+
+    def indices(self, step: int) -> np.ndarray:
+        """Indices (B,) of the global batch of this step; a batch may reach into the next epoch, or span several."""
+        position = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epoch, place = np.divmod(position, len(self.dataset.data))
+        return np.concatenate([self.order(int(e))[place[epoch == e]] for e in np.unique(epoch)])
+
+    def __call__(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
+        indices = self.indices(step)[rows]
+        labels = self.dataset.labels
+        return torch.from_numpy(self.dataset.data[indices]), None if labels is None else torch.from_numpy(labels[indices])

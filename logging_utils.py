@@ -1,0 +1,181 @@
+"""What a run shows: wandb, the local copy of everything logged, sample grids, scatter plots and curves.
+
+A run's folder always gets `metrics.jsonl` (one line of JSON for each logged step), the pictures and `curves.png`; wandb gets the
+same where it can be reached. Whatever happens to wandb, training goes on. To log another figure, add it to the dictionary
+that the trainer hands to `Logger.log`.
+"""
+
+import io
+import json
+import os
+import sys
+import uuid
+
+import numpy as np
+from tqdm import tqdm
+
+from utils import import_torchvision, write_atomically
+
+CURVES = ("loss", "learning_rate", "grad_norm", "images_per_second")
+
+
+class Logger:
+    """Logs on the process that has it (rank 0). `step` is the number of steps already taken; later lines of a run that goes on
+    from an older checkpoint are dropped, so that metrics.jsonl has each step once."""
+
+    def __init__(self, folder: str, settings: dict, mode: str, project: str, step: int, total: int):
+        self.folder, self.metrics = folder, os.path.join(folder, "metrics.jsonl")
+        kept = [line for line in self.history() if line["step"] <= step] if step else []
+        write_atomically(self.metrics, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
+        self.run = start_wandb(folder, settings, mode, project, new=step == 0)
+        self.total = total
+        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=None)  # none where stderr is a file
+
+    def history(self) -> list[dict]:
+        """The lines of metrics.jsonl; one that a kill cut off is left out."""
+        lines = []
+        if os.path.exists(self.metrics):
+            with open(self.metrics) as file:
+                for line in file:
+                    try:
+                        lines.append(json.loads(line))
+                    except ValueError:
+                        break
+        return lines
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Adds a line to metrics.jsonl, to wandb, and to the terminal or the log file."""
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.to_wandb({"step": step, **values})
+        shown = {k: f"{values[k]:.4g}" for k in CURVES if k in values}
+        self.bar.set_postfix({"loss": shown["loss"], "images/s": shown["images_per_second"]}, refresh=False)
+        if self.bar.disable:
+            print(f"step {step}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+
+    def picture(self, step: int, name: str, image, file_name: str | None = None) -> str:
+        """Saves a PIL image as PNG, by default as samples/<name>_<step>.png, logs it to wandb as samples/<name>, returns its path."""
+        path = os.path.join(self.folder, file_name or os.path.join("samples", f"{name}_{step:07d}.png"))
+        write_atomically(path, lambda file: image.save(file, format="PNG"))
+        if self.run is not None:
+            import wandb
+
+            self.to_wandb({"step": step, f"samples/{name}": wandb.Image(image)})
+        return path
+
+    def curves(self) -> None:
+        """Draws loss, learning rate, gradient norm and speed over the steps into curves.png."""
+        from matplotlib.figure import Figure
+
+        lines = self.history()
+        figure = Figure(figsize=(10, 6), layout="constrained")
+        for axes, name in zip(figure.subplots(2, 2).flat, CURVES):
+            points = np.array([(line["step"], line[name]) for line in lines if line.get(name) is not None]).reshape(-1, 2)
+            axes.plot(points[:, 0], points[:, 1])
+            axes.set(xlabel="step", ylabel=name.replace("_", " "))
+            axes.grid(alpha=0.3)
+            if name in ("loss", "grad_norm") and len(points) and (points[:, 1] > 0).all():
+                axes.set_yscale("log")
+        write_atomically(os.path.join(self.folder, "curves.png"), lambda file: figure.savefig(file, format="png", dpi=100))
+
+    def to_wandb(self, values: dict) -> None:
+        """Hands `values` to wandb; if that fails, says so once and goes on without it."""
+        if self.run is None:
+            return
+        try:
+            self.run.log(values)
+        except Exception as error:  # whatever happens to wandb, the run goes on
+            notice(f"logging to it failed ({first_line(error)}); going on without it, metrics.jsonl has everything")
+            self.run = None
+
+    def finish(self) -> None:
+        """Closes the bar and the wandb run."""
+        self.bar.close()
+        if self.run is not None:
+            try:
+                self.run.finish()
+            except Exception as error:
+                notice(f"closing it failed ({first_line(error)}); metrics.jsonl has everything")
+
+
+# ---- wandb
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def notice(text: str) -> None:
+    print(f"wandb: {text}", file=sys.stderr, flush=True)
+
+
+def start_wandb(folder: str, settings: dict, mode: str, project: str, new: bool):
+    """A wandb run, or None. Never asks anything: `online` without a key, or without a server within 30 s, becomes offline in one line.
+
+    The run's id is kept in <folder>/wandb_id, so that a run that goes on is the same run on wandb.
+    """
+    if mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    mode = os.environ.get("WANDB_MODE", mode)
+    stdin = sys.stdin
+    try:
+        import wandb
+
+        path = os.path.join(folder, "wandb_id")
+        if new or not os.path.exists(path):
+            with open(path, "w") as file:
+                file.write(uuid.uuid4().hex[:8])
+        with open(path) as file:
+            arguments = dict(project=project, name=os.path.basename(folder), id=file.read(), resume="allow", dir=folder, config=settings,
+                             settings=wandb.Settings(init_timeout=25))
+        sys.stdin = open(os.devnull)  # wandb asks for a key only where there is a terminal to ask
+        try:
+            run = wandb.init(mode=mode, **arguments)
+        except Exception as error:
+            notice(f"logging offline, since online failed ({first_line(error)}); `wandb login` once, or --wandb offline")
+            wandb.teardown()
+            run = wandb.init(mode="offline", **arguments)
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        if run.offline:
+            print(f"wandb: offline; upload with `wandb sync {os.path.dirname(run.dir)}`", flush=True)
+        else:
+            print(f"wandb: {run.url}", flush=True)
+        return run
+    except Exception as error:
+        notice(f"going on without it ({first_line(error)}); metrics.jsonl has everything")
+        return None
+    finally:
+        sys.stdin = stdin
+
+
+# ---- Pictures
+
+
+def image_grid(images, columns: int):
+    """Images (N, C, H, W) uint8, C 1, 3 or 4 -> one PIL image, `columns` in a row, small ones enlarged to some 500 pixels."""
+    from PIL import Image
+
+    grid = import_torchvision().utils.make_grid(images[:, :3], nrow=columns, padding=1 if images.shape[-1] < 64 else 2)
+    image = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    factor = max(1, 500 // image.width)
+    return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+
+
+def scatter_plot(samples, data):
+    """Samples (N, D) beside data (M, D), first and last coordinate -> a PIL image."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, points, title in zip(panels, (samples, data), ("samples", "data")):
+        axes.scatter(points[:, 0], points[:, -1], s=3, alpha=0.5, linewidths=0)
+        axes.set(title=title, aspect="equal")
+    low, high = np.quantile(np.asarray(data)[:, [0, -1]], [0.001, 0.999], axis=0)  # so that a stray sample does not set the scale
+    margin = 0.25 * (high - low).max()
+    panels[0].set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return Image.open(buffer)

@@ -1,0 +1,164 @@
+"""Trains. `python main.py [PRESET] [--setting value ...]`, or `sh run.sh [PRESET] [--setting value ...]` for all GPUs of the machine.
+
+Merges the command line into the preset's settings, sets up the device and the processes that torchrun started, loads the data,
+and hands off to `DiffusionTrainer`. What is heavy to import is imported once the settings are known to be right. The other
+scripts take the command line, the device and the one-line errors from here.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import sys
+import time
+from typing import Literal
+
+from config import CHOICES, PRESETS, Config, problems
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def fail(message: str):
+    """Ends the program with one line on stderr, of rank 0, and exit status 2."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)  # torchrun ends all processes when one ends: rank 0 speaks first
+    sys.exit(2)
+
+
+# ---- The command line
+
+
+def names_in(file: str, table: str) -> tuple[str, ...]:
+    """The keys of the dictionary `table` in `file`, read from its source: importing it would import torch, and `--help` would wait."""
+    with open(os.path.join(HERE, file)) as source:
+        for node in ast.parse(source.read()).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == table:
+                return tuple(key.value for key in node.value.keys)
+    raise LookupError(f"no dictionary {table} in {file}")
+
+
+def parse(cls: type, arguments: list[str], default=None, description: str | None = None, choices: dict | None = None):
+    """The dataclass `cls` filled from `arguments` with tyro; wrong ones end the program in one line.
+
+    `choices` maps a field to the (file, dictionary) whose keys are its allowed values.
+    """
+    import tyro
+
+    for field in dataclasses.fields(cls):
+        if field.name in (choices or {}):
+            field.type = cls.__annotations__[field.name] = Literal[names_in(*choices[field.name])]
+    quiet = int(os.environ.get("RANK", 0)) > 0
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, args=arguments, default=default, description=description, config=(tyro.conf.FlagConversionOff,),
+                            console_outputs=not quiet)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+    box = [line.strip("│╭╮╰╯ ").strip() for line in said.getvalue().splitlines()]
+    box = box[1 : next((i for i, line in enumerate(box) if line.startswith("──")), len(box))]  # the rest points to --help
+    known = ["--" + field.name for field in dataclasses.fields(cls)]
+    given = ["--" + a[2:].split("=")[0].replace("-", "_") for a in arguments if a.startswith("--")]
+    unknown = [a for a in given if a not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        fail(f"{unknown[0]} is no setting{f'; did you mean {close[0]}?' if close else ':'} allowed are {' '.join(known)}")
+    for field in dataclasses.fields(cls):
+        if f"--{field.name.replace('_', '-')}:" in " ".join(box):
+            expected = field.type.__name__ if isinstance(field.type, type) else field.type
+            box.append(f"(expected {expected})")
+    fail(" ".join(box) + "; `--help` lists all settings")
+
+
+def read_config(arguments: list[str]) -> Config:
+    """The settings of `[PRESET] [--setting value ...]`. Ends the program in one line if they are unknown, wrong or contradict each other."""
+    preset = "cifar10"
+    if arguments and not arguments[0].startswith("-"):
+        preset, *arguments = arguments
+    if preset not in PRESETS:
+        fail(f"{preset!r} is no preset: expected one of {', '.join(PRESETS)}, and then --setting value")
+    description = (f"Trains a diffusion model. Usage: main.py [PRESET] [--setting value ...], with PRESET one of {', '.join(PRESETS)}. "
+                   f"The defaults below are those of {preset}.")
+    config = parse(Config, arguments, Config(**PRESETS[preset]), description, CHOICES)
+    for problem in problems(config, int(os.environ.get("WORLD_SIZE", 1))):
+        fail(problem)
+    return config
+
+
+def in_short(config: Config) -> str:
+    """The settings that differ from the defaults, in one line."""
+    changed = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+    return "  ".join(f"{name}={value}" for name, value in changed.items()) or "all settings at their defaults"
+
+
+# ---- Devices and processes
+
+
+@contextlib.contextmanager
+def set_up(wanted: str, tf32: bool = True):
+    """The device of this process, with its process group where torchrun started several; gloo on CPUs, nccl on GPUs.
+
+    The device index is the local rank. On the way out, what the user can mend ends the program in one line: a UserError, a
+    full disk, too little GPU memory.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from utils import UserError, world_size
+
+    try:
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise UserError("device cuda is not available here: use --device cpu, or auto")
+        device = torch.device("cpu")
+        if wanted != "cpu" and torch.cuda.is_available():
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(f"process {local_rank} of this machine has no GPU of its own: it has {torch.cuda.device_count()}; "
+                                "start fewer, as GPUS=1 sh run.sh")
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = tf32
+        if world_size() > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        yield device
+        if world_size() > 1:
+            dist.destroy_process_group()
+    except UserError as error:
+        fail(str(error))
+    except torch.cuda.OutOfMemoryError:
+        fail("out of GPU memory: raise --accumulation_steps, or lower --batch_size or --model_channels")
+    except OSError as error:
+        if error.errno not in (28, 122):  # disk full, quota reached
+            raise
+        fail(f"no room left to write ({error}): make room, or choose another --ckpt_dir; the last checkpoint is whole")
+
+
+def main(arguments: list[str]) -> None:
+    config = read_config(arguments)
+    with set_up(config.device, config.tf32) as device:
+        import prediction
+        from data_utils import check_labels, load_dataset
+        from processes import PROCESSES
+        from trainer import DiffusionTrainer
+        from utils import choose, print0, rank0_first, world_size
+
+        print0(f"{config.run_name} on {world_size()} x {device.type}: {in_short(config)}")
+        process = choose(PROCESSES, config.process, **dataclasses.asdict(config))
+        prediction.check_times(process, config.model_type, config.target_type, config.T_min, config.T_max)
+        if config.class_conditional:
+            check_labels(config.dataset)
+        dataset = rank0_first(lambda first: load_dataset(config.dataset, config.data_dir, config.image_size, download=first))
+        trainer = DiffusionTrainer(config, dataset, device)
+        parameters = sum(p.numel() for p in trainer.net.parameters())
+        print0(f"{len(dataset.data):,} items of shape {dataset.spec.shape}, {config.network} of {parameters:,} parameters")
+        trainer.train()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

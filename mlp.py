@@ -1,0 +1,42 @@
+"""A residual MLP for vectors: net(xt, t, label) -> output, both (B, D), with t (B,) in [0, 1] and label (B,) int64 or None.
+
+Time enters as sines and cosines at geometric frequencies, labels as a learned vector; both are added to the embedded xt.
+Label `num_classes` means "no label", as does None.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """`data_shape` is (D,); `num_classes` 0 makes a network that ignores labels. Raises ValueError for data that are no vectors."""
+
+    def __init__(self, data_shape: tuple[int], num_classes: int = 0, hidden_dim: int = 256, num_layers: int = 4, dropout: float = 0.0):
+        super().__init__()
+        if len(data_shape) != 1:
+            raise ValueError(f"mlp takes vectors, not data of shape {tuple(data_shape)}: use --network unet")
+        self.num_classes = num_classes
+        self.register_buffer("frequencies", math.pi * torch.logspace(-1, 6, 32, base=2.0), persistent=False)
+        self.data = nn.Linear(data_shape[0], hidden_dim)
+        self.time = nn.Linear(2 * len(self.frequencies), hidden_dim)
+        self.label = nn.Embedding(num_classes + 1, hidden_dim) if num_classes else None  # the last row: no label
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), nn.Dropout(dropout),
+                          nn.Linear(hidden_dim, hidden_dim))
+            for _ in range(num_layers)
+        )
+        self.out = nn.Sequential(nn.LayerNorm(hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, data_shape[0]))
+        nn.init.zeros_(self.out[-1].weight)
+        nn.init.zeros_(self.out[-1].bias)
+
+    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        angles = t[:, None] * self.frequencies  # (B, 32)
+        h = self.data(xt) + self.time(torch.cat([angles.cos(), angles.sin()], dim=1))  # (B, hidden_dim)
+        if self.label is not None:
+            label = torch.full(t.shape, self.num_classes, device=t.device) if label is None else label
+            h = h + self.label(label)
+        for layer in self.layers:
+            h = h + layer(h)
+        return self.out(h)

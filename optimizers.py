@@ -1,0 +1,43 @@
+"""The optimizer, the learning rate as a pure function of the step, and gradient clipping.
+
+The rate of step s (from 0) is set before that step is taken: base_lr (s + 1) / warmup_steps during warm-up, then a schedule of
+SCHEDULES. To add one, write a function of the progress after warm-up, in [0, 1], and give it a row.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from utils import choose
+
+SCHEDULES = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+}
+
+
+def learning_rate(step: int, *, base_lr: float, min_lr: float, warmup_steps: int, num_training_steps: int, lr_schedule: str) -> float:
+    """The rate of step `step` (from 0): linear warm-up to `base_lr`, then the schedule, from `base_lr` down to `min_lr` if cosine.
+
+    The cosine reaches `min_lr` at step `num_training_steps`. Raises UserError for an unknown schedule.
+    """
+    if step < warmup_steps:
+        return base_lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(num_training_steps - warmup_steps, 1)
+    return min_lr + (base_lr - min_lr) * choose(SCHEDULES, lr_schedule, progress=min(progress, 1.0))
+
+
+def make_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW, fused into one kernel; weight decay on matrices and kernels only, not on biases and norms."""
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, fused=parameters[0].device.type in ("cpu", "cuda"))
+
+
+def clip_gradients(net: nn.Module, max_norm: float) -> Tensor:
+    """Scales the gradients down to `max_norm` where their norm is larger, and returns the norm before; `max_norm` 0 only measures."""
+    return nn.utils.clip_grad_norm_(net.parameters(), max_norm or math.inf)

@@ -1,0 +1,35 @@
+#!/bin/sh
+# Trains: sh run.sh [PRESET] [--setting value ...]     CIFAR-10 without a preset; `sh run.sh --help` lists presets and settings.
+# On several nodes, call it on each with the same NODES and HEAD: NODES=2 HEAD=node1:29500 sh run.sh
+set -eu
+
+# ---- Options, each also taken from the environment: GPUS=2 sh run.sh digits
+GPUS=${GPUS:-}          # processes on this node, one a GPU; default: all visible GPUs, one process on a machine without
+NODES=${NODES:-1}       # number of nodes
+HEAD=${HEAD:-}          # NAME:PORT of the first node, where all meet; needed for more than one node
+THREADS=${THREADS:-}    # CPU threads of a process; default: the cores shared among the processes
+PYTHON=${PYTHON:-python}
+
+cd "$(dirname "$0")"
+if [ -z "$GPUS" ]; then
+    if [ "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        GPUS=$(printf '%s' "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '[0-9A-Za-z]' || true)
+    else
+        GPUS=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+    fi
+    [ "$GPUS" -gt 0 ] || GPUS=1
+fi
+if [ -z "$THREADS" ]; then
+    CORES=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+    THREADS=$((CORES / GPUS))
+    [ "$THREADS" -gt 0 ] || THREADS=1
+fi
+if [ "$NODES" -gt 1 ] && [ -z "$HEAD" ]; then
+    echo "error: NODES is $NODES: set HEAD=NAME:PORT of the first node, the same on all nodes" >&2
+    exit 2
+fi
+
+# One node takes any free port, so that several runs share a machine.
+export OMP_NUM_THREADS="$THREADS"
+exec "$PYTHON" launch.py --nnodes="$NODES" --nproc-per-node="$GPUS" \
+    --rdzv-backend=c10d --rdzv-endpoint="${HEAD:-localhost:0}" main.py "$@"

@@ -1,0 +1,333 @@
+"""`DiffusionTrainer` puts the parts together: data, process, time sampler, prediction, network, optimizer, EMA, samplers, logging.
+
+A new project overrides `prepare_batch`, which says what is random in a step, or `loss`. Whatever is random in step s is drawn for
+the whole global batch as a function of (seed, s), and each process takes its rows; only dropout also depends on the rank. So
+losses do not depend on the number of processes or on accumulation, and a run that goes on needs no random state.
+To add an architecture, write a file such as mlp.py with a class that is called as net(xt, t, label), and give it a row in NETWORKS.
+"""
+
+import contextlib
+import dataclasses
+import os
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import saving
+from config import MAY_CHANGE, Config
+from data_utils import Batches, Dataset, DataSpec
+from ema import EMA
+from logging_utils import Logger, image_grid, scatter_plot
+from mlp import MLP
+from optimizers import clip_gradients, learning_rate, make_optimizer
+from prediction import convert, target
+from processes import PROCESSES, Process
+from sampling import draw
+from time_samplers import TIME_SAMPLERS
+from unet import UNet
+from utils import UserError, append_dims, choose, gather_rows, make_seed, mean_flat, on_rank0, print0, rank, row_noise, share, world_size
+
+NETWORKS = {"unet": UNet, "mlp": MLP}
+
+
+class Batch(NamedTuple):
+    """What a training step needs: x0 and x1 (B, ...), t (B,), label (B,) int64 or None."""
+
+    x0: Tensor
+    x1: Tensor
+    t: Tensor
+    label: Tensor | None
+
+    def split(self, parts: int) -> list["Batch"]:
+        """The batch in equal parts along its rows."""
+        chunks = [[None] * parts if x is None else x.chunk(parts) for x in self]
+        return [Batch(*part) for part in zip(*chunks)]
+
+
+def build(config: Config, spec: DataSpec, device: torch.device) -> tuple[Process, nn.Module]:
+    """The process and the network, with weights from the seed, on `device`. Raises UserError if the settings do not fit the data."""
+    settings = dataclasses.asdict(config)
+    num_classes = spec.num_classes if config.class_conditional else 0
+    torch.manual_seed(make_seed(config.seed, "weights"))
+    try:
+        net = choose(NETWORKS, config.network, **settings, data_shape=spec.shape, num_classes=num_classes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    net = net.to(device)
+    if spec.is_image and config.channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    return choose(PROCESSES, config.process, **settings), net
+
+
+def autocast(config: Config, device: torch.device):
+    """The context in which the network runs: bfloat16 or float32."""
+    bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+class DiffusionTrainer:
+    """Trains, watches and saves one run. Every process of the run makes one and calls `train`."""
+
+    def __init__(self, config: Config, dataset: Dataset, device: torch.device):
+        self.config, self.dataset, self.spec, self.device = config, dataset, dataset.spec, device
+        settings = dataclasses.asdict(config)
+        self.process, self.net = build(config, self.spec, device)
+        self.time_sampler = choose(TIME_SAMPLERS, config.time_sampler, **settings)
+        self.batches = Batches(dataset, config.batch_size, config.seed)
+        self.rows = share(config.batch_size)  # of the global batch
+        self.optimizer = make_optimizer(self.net, config.weight_decay)
+        self.ema = EMA(self.net, config.ema_decay)
+        self.step = 0  # optimizer steps taken
+        self.sums = torch.zeros(10, device=device)  # since the last line of metrics, see `track`
+
+        self.folder = os.path.join(config.ckpt_dir, config.run_name)
+        self.last = os.path.join(self.folder, saving.LAST)
+        if on_rank0(lambda: saving.open_run(self.folder, settings, MAY_CHANGE)):
+            self.restore()
+        self.logger = None
+        if rank() == 0:
+            self.logger = Logger(self.folder, settings, config.wandb, config.wandb_project, self.step, config.num_training_steps)
+        # The network as it is trained, wrapped; self.net stays plain, for checkpoints, EMA and sampling.
+        self.ddp = self.forward = self.net
+        if world_size() > 1:
+            self.ddp = self.forward = DistributedDataParallel(
+                self.net, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        if device.type == "cuda" if config.compile is None else config.compile:
+            self.forward = torch.compile(self.ddp)
+
+    # ---- The two methods that a new project overrides
+
+    def prepare_batch(self, step: int) -> Batch:
+        """This process's rows of the global batch of `step`, everything random in them a function of (seed, step)."""
+        config, rows = self.config, slice(self.rows.start, self.rows.stop)
+        data, label = self.batches(0 if config.overfit_one_batch else step, rows)
+        x0 = self.spec.encode(self.to_device(data))
+        generator = torch.Generator(self.device).manual_seed(make_seed(config.seed, "step", step))
+
+        def uniform():  # for the global batch, of which the rows are taken
+            return torch.rand(config.batch_size, device=self.device, generator=generator)[rows]
+
+        t = self.time_sampler(config.batch_size, self.device, generator)[rows]
+        if self.spec.is_image and config.random_flip:
+            x0 = torch.where(append_dims(uniform() < 0.5, x0.ndim), x0.flip(-1), x0)
+        if config.class_conditional:
+            label = self.to_device(label).masked_fill(uniform() < config.label_dropout, self.spec.num_classes)
+        x1 = row_noise(self.rows, self.spec.shape, self.device, config.seed, "noise", step)
+        return Batch(x0, x1, t, label if config.class_conditional else None)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of each sample, (B,), float32: the squared error of the prediction, read as target_type, mean over pixels."""
+        config = self.config
+        c = self.process.coefs(batch.t, batch.x0.ndim)
+        xt = c.alpha * batch.x0 + c.sigma * batch.x1
+        if self.spec.is_image and config.channels_last:
+            xt = xt.contiguous(memory_format=torch.channels_last)
+        with autocast(config, self.device):
+            out = self.forward(xt, batch.t, batch.label)
+        prediction = convert(out.float(), xt, c, config.model_type, config.target_type)
+        return mean_flat((prediction - target(config.target_type, c, batch.x0, batch.x1)) ** 2)
+
+    # ---- Training
+
+    def train(self) -> None:
+        """Trains up to num_training_steps, from where the run stands."""
+        config = self.config
+        if self.step >= config.num_training_steps:
+            print0(f"{self.folder} is trained already, to step {self.step}: more --num_training_steps go on, another --run_name starts anew")
+            return self.end()
+        if self.step == 0:
+            self.show_data()
+        self.net.train()
+        self.restart_clock()
+        while self.step < config.num_training_steps:
+            # batch and rate, both functions of the step
+            batch = self.prepare_batch(self.step)
+            torch.manual_seed(make_seed(config.seed, "dropout", self.step, rank()))
+            rate = self.learning_rate(self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+
+            # gradient, in parts; processes exchange it once, in the last part
+            parts = batch.split(config.accumulation_steps)
+            for i, part in enumerate(parts):
+                with self.ddp.no_sync() if world_size() > 1 and i < len(parts) - 1 else contextlib.nullcontext():
+                    losses = self.loss(part)
+                    (losses.mean() / len(parts)).backward()
+                self.track(losses.detach(), part.t)
+
+            # step
+            grad_norm = clip_gradients(self.net, config.grad_clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.ema.update(self.net)
+            self.sums[0] += grad_norm
+            self.sums[1] += 1
+            self.step += 1
+
+            # what happens every so many steps
+            if rank() == 0:
+                self.logger.bar.update()
+            if self.due(config.log_every):
+                self.log(rate)
+            if self.due(config.sample_every):
+                self.sample()
+            if self.due(config.save_every):
+                self.save()
+        self.end()
+
+    def due(self, every: int) -> bool:
+        """Whether something is due after this step, every so many steps (0: never) and at the end."""
+        return self.step == self.config.num_training_steps or (every > 0 and self.step % every == 0)
+
+    def learning_rate(self, step: int) -> float:
+        c = self.config
+        return learning_rate(step, base_lr=c.base_lr, min_lr=c.min_lr, warmup_steps=c.warmup_steps,
+                             num_training_steps=c.num_training_steps, lr_schedule=c.lr_schedule)
+
+    def end(self) -> None:
+        if rank() == 0:
+            self.logger.finish()
+            pictures = os.path.join(self.folder, "samples")
+            newest = sorted(f for f in os.listdir(pictures) if f.startswith(f"ema_{self.config.sampler}_"))[-1:]
+            print0(f"samples     {os.path.join(pictures, *newest)}")
+            print0(f"checkpoint  {self.last}")
+            print0(f"log         {self.logger.metrics}, and curves.png beside it")
+
+    def to_device(self, x: Tensor) -> Tensor:
+        """Copies without waiting for a GPU."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
+
+    # ---- Watching
+
+    def track(self, losses: Tensor, t: Tensor) -> None:
+        """Adds up, on the device, without waiting for it: gradient norm, steps, and loss and count by quarter of t."""
+        quarter = (4 * t).long().clamp(0, 3)
+        self.sums[2:6].scatter_add_(0, quarter, losses)
+        self.sums[6:10].scatter_add_(0, quarter, torch.ones_like(losses))
+
+    def restart_clock(self) -> None:
+        self.clock, self.clock_step = time.perf_counter(), self.step
+
+    def log(self, rate: float) -> None:
+        """One line of metrics: means over the steps since the last one. Waits for the device, and then reads the clock."""
+        sums = self.sums.clone()
+        if world_size() > 1:
+            dist.all_reduce(sums[2:])
+        grad_norm, steps, *by_quarter = sums.tolist()
+        seconds = time.perf_counter() - self.clock
+        images = (self.step - self.clock_step) * self.config.batch_size
+        values = {
+            "loss": sum(by_quarter[:4]) / sum(by_quarter[4:]),
+            "grad_norm": grad_norm / steps,
+            "learning_rate": rate,
+            "images_per_second": images / seconds,
+            "epoch": self.step * self.config.batch_size / len(self.dataset.data),
+        }
+        for i, (total, count) in enumerate(zip(by_quarter[:4], by_quarter[4:])):
+            if count:
+                values[f"loss_t_{i / 4:.2f}_{(i + 1) / 4:.2f}"] = total / count
+        if rank() == 0:
+            self.logger.log(self.step, values)
+        self.sums.zero_()
+        self.restart_clock()
+
+    def picture(self, points: Tensor):
+        """Samples or data, uint8 images or vectors -> a picture: a grid, with a class a column if there are few, or a scatter plot."""
+        if not self.spec.is_image:
+            return scatter_plot(points, self.dataset.data[: len(points)])
+        few = 0 < self.spec.num_classes <= 16
+        return image_grid(points, self.spec.num_classes if few else max(1, round(len(points) ** 0.5)))
+
+    def show_data(self) -> None:
+        """Saves a picture of real data, to lay beside the samples; images by class, as in the grids."""
+        if rank() > 0 or not self.spec.is_image:  # a scatter plot of samples shows the data already
+            return
+        few, number = 0 < self.spec.num_classes <= 16, self.config.num_samples
+        indices = range(number)
+        if few:
+            of_class = [(self.dataset.labels == k).nonzero()[0] for k in range(self.spec.num_classes)]
+            indices = [of_class[i % len(of_class)][i // len(of_class) % len(of_class[i % len(of_class)])] for i in range(number)]
+        data = torch.from_numpy(self.dataset.data[[i % len(self.dataset.data) for i in indices]])
+        self.logger.picture(self.step, "real", self.picture(data), "real.png")
+
+    def sample(self) -> None:
+        """Grids by the ODE and the SDE sampler, of raw and EMA weights; the same noise and labels in every grid of a run.
+
+        All processes take part, each with its share of the rows.
+        """
+        c = self.config
+        labels = torch.arange(c.num_samples) % self.spec.num_classes if c.class_conditional else None
+        self.net.eval()
+        for weights, net in (("raw", self.net), ("ema", self.ema.net)):
+            for sampler in (c.sampler, c.sde_sampler):
+                samples = draw_all(c, self.spec, self.process, net, self.device, rows=range(c.num_samples), labels=labels, sampler=sampler)
+                if rank() == 0:
+                    self.logger.picture(self.step, f"{weights}_{sampler}", self.picture(samples))
+        if rank() == 0:
+            self.logger.curves()
+        self.net.train()
+        self.restart_clock()
+
+    # ---- Saving
+
+    def state(self) -> dict:
+        """Everything that a run needs to go on, in plain containers."""
+        return {
+            "step": self.step,
+            "net": self.net.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sums": gather_rows(self.sums[None]),  # (processes, 10)
+            "config": saving.plain(dataclasses.asdict(self.config)),
+            "data": saving.plain(dataclasses.asdict(self.spec)),
+        }
+
+    def save(self) -> None:
+        """Writes last.pt, on rank 0."""
+        state = self.state()
+        on_rank0(lambda: saving.save(self.last, state))
+        self.restart_clock()
+
+    def restore(self) -> None:
+        """Takes up the run where last.pt left it."""
+        state = saving.load(self.last, self.device)
+        saving.restore(self.net, state["net"], self.last)
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        sums = state["sums"]
+        if len(sums) != world_size():  # another number of processes: what was added up goes to rank 0
+            sums = torch.cat([sums[0, :2], sums[:, 2:].sum(0)]).expand(world_size(), -1).clone()
+            sums[1:, 2:] = 0
+        self.sums = sums[rank()].to(self.device)
+        print0(f"going on with {self.folder} from step {self.step}")
+
+
+def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device: torch.device, *, rows: range, labels: Tensor | None,
+             sampler: str) -> Tensor:
+    """Samples `rows`, shared among all processes, decoded, on the CPU of every process: uint8 images or float vectors (N, ...).
+
+    `labels` (N,) are those of all samples from 0 on. The settings of sampling are those of `config`.
+    """
+
+    def network(xt, t, label):
+        if spec.is_image and config.channels_last:
+            xt = xt.contiguous(memory_format=torch.channels_last)
+        with autocast(config, device):
+            return net(xt, t, label)
+
+    mine = share(len(rows))
+    batches = draw(
+        network, process, rows=rows[mine.start : mine.stop], shape=spec.shape, device=device, seed=config.seed,
+        model_type=config.model_type, sampler=sampler, sampling_steps=config.sampling_steps, T_min=config.T_min, T_max=config.T_max,
+        labels=labels, guidance_scale=config.guidance_scale, sde_diffusion=config.sde_diffusion, batch_size=config.sampling_batch_size,
+    )
+    decoded = [spec.decode(batch).cpu() for batch in batches]
+    empty = torch.empty(0, *spec.shape, dtype=torch.uint8 if spec.is_image else torch.float32)
+    return gather_rows(torch.cat([empty, *decoded]))

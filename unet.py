@@ -1,0 +1,179 @@
+"""A U-Net for images: net(xt, t, label) -> output, both (B, C, H, W), with t (B,) in [0, 1] and label (B,) int64 or None.
+
+The network of Ho et al. 2020 (DDPM) with the residual blocks of Dhariwal & Nichol 2021 (ADM): time and label scale and shift
+the second norm of each block, there is self-attention at chosen resolutions, and the last layer of each block, of each
+attention and of the network starts at zero. Label `num_classes` means "no label", as does None.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """As many groups as divide the channels, 32 at most, of at least 4 channels each."""
+    groups = next(g for g in range(min(32, max(channels // 4, 1)), 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels)
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """The module with all parameters at zero, so that its branch starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def time_features(t: Tensor, dim: int) -> Tensor:
+    """(B,) -> (B, dim): cosines and sines of 1000 t at geometric frequencies from 1 to 1e-4 (Vaswani et al. 2017, section 3.5)."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = 1000 * t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class Conditioning(nn.Module):
+    """t (B,) and label (B,) or None -> one vector (B, dim) that every block reads."""
+
+    def __init__(self, features: int, dim: int, num_classes: int):
+        super().__init__()
+        self.features, self.num_classes = features, num_classes
+        self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None  # the last row: no label
+
+    def forward(self, t: Tensor, label: Tensor | None) -> Tensor:
+        emb = self.mlp(time_features(t, self.features))
+        if self.label is not None:
+            label = torch.full(t.shape, self.num_classes, device=t.device) if label is None else label
+            emb = emb + self.label(label)
+        return F.silu(emb)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int, emb_dim: int, dropout: float):
+        super().__init__()
+        self.norm1 = group_norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.scale_shift = nn.Linear(emb_dim, 2 * channels)
+        self.norm2 = group_norm(channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, in heads of at most 64 channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.heads = next(h for h in range(max(1, channels // 64), 0, -1) if channels % h == 0)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, H * W, C / heads)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Layers(nn.ModuleList):
+    """Layers in a row that all read the conditioning vector."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, emb)
+        return x
+
+
+class UNet(nn.Module):
+    """The U-Net.
+
+    `data_shape` is (C, H, W), with H and W divisible by 2 for every resolution but the first; `attention_resolutions` are
+    heights in pixels. `num_classes` 0 makes a network that ignores labels. Raises ValueError for sides that do not divide.
+    """
+
+    def __init__(self, data_shape: tuple[int, int, int], num_classes: int = 0, model_channels: int = 128,
+                 channel_mults: tuple[int, ...] = (1, 2, 2, 2), num_res_blocks: int = 2,
+                 attention_resolutions: tuple[int, ...] = (16,), dropout: float = 0.0):
+        super().__init__()
+        if len(data_shape) != 3:
+            raise ValueError(f"unet takes images, not data of shape {tuple(data_shape)}: use --network mlp")
+        C, H, W = data_shape
+        halvings = 2 ** (len(channel_mults) - 1)
+        if H % halvings or W % halvings:
+            raise ValueError(f"unet halves {H} x {W} images {len(channel_mults) - 1} times: use fewer --channel_mults, or sides "
+                             f"divisible by {halvings}")
+        emb_dim = 4 * model_channels
+        self.conditioning = Conditioning(2 * (model_channels // 2), emb_dim, num_classes)
+
+        def block(channels_in, channels, side):
+            attention = [Attention(channels)] if side in attention_resolutions else []
+            return Layers([ResBlock(channels_in, channels, emb_dim, dropout), *attention])
+
+        channels, side = model_channels, H
+        self.input = nn.Conv2d(C, channels, 3, padding=1)
+        self.down, skips = nn.ModuleList(), [channels]
+        for level, mult in enumerate(channel_mults):
+            if level > 0:
+                self.down.append(Layers([Downsample(channels)]))
+                skips.append(channels)
+                side //= 2
+            for _ in range(num_res_blocks):
+                self.down.append(block(channels, mult * model_channels, side))
+                channels = mult * model_channels
+                skips.append(channels)
+
+        self.middle = Layers([ResBlock(channels, channels, emb_dim, dropout), Attention(channels),
+                              ResBlock(channels, channels, emb_dim, dropout)])
+
+        self.up = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mults))):
+            for i in range(num_res_blocks + 1):
+                layers = block(channels + skips.pop(), mult * model_channels, side)
+                channels = mult * model_channels
+                if level > 0 and i == num_res_blocks:
+                    layers.append(Upsample(channels))
+                    side *= 2
+                self.up.append(layers)
+
+        self.norm_out = group_norm(channels)
+        self.out = zero(nn.Conv2d(channels, C, 3, padding=1))
+
+    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        emb = self.conditioning(t, label)  # (B, emb_dim)
+        h = self.input(xt)
+        skips = [h]
+        for layers in self.down:
+            h = layers(h, emb)
+            skips.append(h)
+        h = self.middle(h, emb)
+        for layers in self.up:
+            h = layers(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(F.silu(self.norm_out(h)))

@@ -1,0 +1,175 @@
+"""Small helpers that every file may use: broadcasting, image ranges, seeds, rank 0, choosing by name, and errors told in one line.
+
+Randomness. `make_seed` mixes any numbers and words into one seed, and `row_noise` draws row i of a batch as a function of
+(seed, i) only: a process that holds rows 64 to 127 draws just these, and gets what a single process would get for them.
+"""
+
+import inspect
+import os
+import sys
+import zlib
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+NOISE_BLOCK = 16  # Rows that share one generator in `row_noise`: few launches, little drawn in vain.
+
+
+class UserError(ValueError):
+    """A mistake of the user's, told in one line: what is wrong, what was expected, what to do. The scripts show no traceback for it."""
+
+
+# ---- Ranks
+
+
+def rank() -> int:
+    """This process among all, from 0; torchrun sets it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Number of processes; torchrun sets it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print0(*args) -> None:
+    """Prints on rank 0 only, at once."""
+    if rank() == 0:
+        print(*args, flush=True)
+
+
+def share(n: int) -> range:
+    """The rows of n that this process takes: one run of rows each, alike in length to one row."""
+    return range(n * rank() // world_size(), n * (rank() + 1) // world_size())
+
+
+def gather_rows(mine: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes in order, on every process; the number of rows may differ. All processes must call it. On the CPU."""
+    mine = mine.cpu().contiguous()
+    if world_size() == 1:
+        return mine
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(mine)]))
+    padded = mine.new_zeros(max(counts).item(), *mine.shape[1:])
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+
+def on_rank0(work):
+    """`work()` on rank 0 while the others wait; its result, something small, on all. A UserError of rank 0 is raised on all."""
+    answer = [None, None]
+    if rank() == 0:
+        try:
+            answer = [work(), None]
+        except UserError as error:
+            answer = [None, str(error)]
+    if world_size() > 1:
+        dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+    result, error = answer
+    if error is not None:
+        raise UserError(error)
+    return result
+
+
+def rank0_first(work):
+    """`work(True)` on rank 0, and then `work(False)` on the others: what it fetches or makes is there for them. Gives each its own."""
+    mine = []
+    on_rank0(lambda: mine.append(work(True)))
+    return mine[0] if mine else work(False)
+
+
+# ---- Choices
+
+
+def choose(table: dict, name: str, **settings):
+    """Builds `table[name]`, a class or function, from those of `settings` that its signature names.
+
+    Raises UserError, with the known names, for a name that is not in the table.
+    """
+    if name not in table:
+        raise UserError(f"{name!r} is not known here: expected one of {', '.join(table)}")
+    wanted = inspect.signature(table[name]).parameters
+    return table[name](**{k: v for k, v in settings.items() if k in wanted})
+
+
+# ---- Shapes and ranges
+
+
+def append_dims(v: torch.Tensor, ndim: int) -> torch.Tensor:
+    """(B,) -> (B, 1, ..., 1) with `ndim` dimensions, so that it multiplies a batch (B, ...)."""
+    return v.reshape(v.shape[0], *[1] * (ndim - 1))
+
+
+def mean_flat(x: torch.Tensor) -> torch.Tensor:
+    """(B, ...) -> (B,): the mean over all but the batch."""
+    return x.flatten(1).mean(1)
+
+
+def to_uint8(x: torch.Tensor, mean: float = 127.5, std: float = 127.5) -> torch.Tensor:
+    """Pixels x * std + mean, rounded and clamped to 0 ... 255, as uint8. The defaults take [-1, 1] to [0, 255]."""
+    return (x.float() * std + mean).round().clamp(0, 255).to(torch.uint8)
+
+
+# ---- Randomness
+
+
+def make_seed(*keys: int | str) -> int:
+    """One 64-bit seed from numbers (>= 0) and words; other keys give an independent seed."""
+    words = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in keys]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+
+def row_noise(rows: range, shape: tuple[int, ...], device, *keys: int | str) -> torch.Tensor:
+    """Standard normal noise (len(rows), *shape), float32: row i is a function of `keys` and i alone, on one kind of device."""
+    generator = torch.Generator(device)
+    first, last = rows.start // NOISE_BLOCK, (rows.stop - 1) // NOISE_BLOCK
+    blocks = [
+        torch.randn(NOISE_BLOCK, *shape, device=device, generator=generator.manual_seed(make_seed(*keys, block)))
+        for block in range(first, last + 1)
+    ]
+    start = rows.start - first * NOISE_BLOCK
+    return torch.cat(blocks)[start : start + len(rows)]
+
+
+# ---- Files and libraries
+
+
+def import_torchvision():
+    """torchvision, also where it was built for CUDA and torch was not.
+
+    PyPI has torchvision for CUDA only. Beside a CPU build of torch its import fails, since its compiled operators do not
+    load and `torchvision::nms` is not there to be decorated. Nothing here uses these operators: they are declared, and
+    the import is tried again. The data sets, transforms and image grids work as they are.
+    """
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+    return torchvision
+
+
+def write_atomically(path: str, write) -> None:
+    """Calls `write(file)` on a temporary file beside `path` and renames it: `path` is whole or as it was.
+
+    Raises UserError if the disk is full or cannot be written.
+    """
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; make room or choose another folder") from error
