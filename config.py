@@ -19,7 +19,7 @@ class Config:
     seed: int = 0  # Seed of everything random: weights, batches, times, noise, samples.
 
     # ---- Data
-    dataset: str = "cifar10"  # A name of DATASETS in data_utils.py, or a FILE.npz or FILE.npy of vectors or images.
+    dataset: str = "cifar10"  # A name, or a FILE.npz or FILE.npy of vectors or images.
     data_dir: str = "data"  # Folder of downloaded data; for image_folder the folder of class folders.
     image_size: int = 32  # Images of image_folder are resized and centre-cropped to this many pixels a side.
     random_flip: bool = True  # Mirror each training image left to right with probability 1/2.
@@ -116,8 +116,10 @@ PRESETS = {
     ),
 }
 
-# Settings that name an entry of a dictionary: setting -> (file, dictionary). The names are the dictionary's keys.
+# Settings that name an entry of a dictionary: setting -> (file, dictionary). The names are the dictionary's keys; a third entry
+# is the type of what is allowed beside them.
 CHOICES = {
+    "dataset": ("data_utils.py", "DATASETS", str),
     "process": ("processes.py", "PROCESSES"),
     "model_type": ("prediction.py", "PREDICTIONS"),
     "target_type": ("prediction.py", "PREDICTIONS"),
@@ -132,8 +134,8 @@ CHOICES = {
 # Settings that may differ when a run goes on: they change how it is run and watched, not what it computes.
 MAY_CHANGE = {
     "ckpt_dir", "data_dir", "accumulation_steps", "num_training_steps", "sampler", "sde_sampler", "sde_diffusion", "sampling_steps",
-    "guidance_scale", "num_samples", "sampling_batch_size", "log_every", "sample_every", "save_every", "wandb", "wandb_project", "device", "bf16",
-    "compile", "channels_last", "tf32",
+    "guidance_scale", "num_samples", "sampling_batch_size", "log_every", "sample_every", "save_every", "wandb", "wandb_project", "device",
+    "bf16", "compile", "channels_last", "tf32",
 }
 
 
@@ -160,8 +162,8 @@ def problems(c: Config, world_size: int) -> list[str]:
 
     parts = world_size * c.accumulation_steps
     if c.batch_size % parts:
-        found.append(f"batch_size {c.batch_size} is not divisible by {world_size} processes x {c.accumulation_steps} accumulation_steps: use "
-                     f"--batch_size {-(-c.batch_size // parts) * parts}, or other accumulation_steps")
+        found.append(f"batch_size {c.batch_size} is not divisible by {world_size} processes x {c.accumulation_steps} accumulation_steps: "
+                     f"use --batch_size {-(-c.batch_size // parts) * parts}, or other accumulation_steps")
     if c.warmup_steps > c.num_training_steps:
         found.append(f"warmup_steps {c.warmup_steps} is longer than the training of {c.num_training_steps} steps: "
                      f"use --warmup_steps {c.num_training_steps // 10}, or more --num_training_steps")

@@ -232,8 +232,8 @@ def is_array_file(name: str) -> bool:
 
 def check_labels(name: str) -> None:
     """Raises UserError if this data set has no labels, from its name or its file's table of contents, before data are read."""
-    has_labels = not is_array_file(name)
-    if name.endswith(".npz") and zipfile.is_zipfile(name):
+    has_labels = not name.endswith(".npy")
+    if name.endswith(".npz") and zipfile.is_zipfile(name):  # if it is none, loading it tells why
         has_labels = "arr_1.npy" in zipfile.ZipFile(name).namelist()
     if not has_labels:
         raise UserError(f"class_conditional is set, but {name} has no labels: use --class_conditional False, or add labels as arr_1 of "
@@ -247,8 +247,6 @@ def load_dataset(name: str, data_dir: str = "data", image_size: int = 32, downlo
     """
     if is_array_file(name):
         return from_array_file(name)
-    if name not in DATASETS:
-        raise UserError(f"dataset {name!r} is not known: expected one of {', '.join(DATASETS)}, or a FILE.npz or FILE.npy")
     return choose(DATASETS, name, data_dir=data_dir, image_size=image_size, download=download)
 
 

@@ -1,20 +1,24 @@
 """torchrun, without its traceback: `python launch.py [torchrun's options] main.py [arguments]`.
 
-A process that ends badly has told why itself. torchrun would add some forty lines about it; this exits with the status of
-the process that failed first.
+A process that fails has told why itself; torchrun would add some forty lines about it. This adds one, and only where a signal
+ended the process, and exits with the status of the process that failed first.
 """
 
-import os
+import logging
+import signal
 import sys
 
-os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of torchrun's own log
-
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
-from torch.distributed.run import main  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
 
 if __name__ == "__main__":
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         main()
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)  # a signal is -number
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            sys.exit(failure.exitcode)
+        name = signal.Signals(-failure.exitcode).name
+        print(f"error: process {rank} was ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}", file=sys.stderr)
+        sys.exit(128 - failure.exitcode)  # as a shell tells it

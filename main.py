@@ -13,7 +13,7 @@ import io
 import os
 import sys
 import time
-from typing import Literal
+from typing import Literal, Union
 
 from config import CHOICES, PRESETS, Config, problems
 
@@ -44,24 +44,26 @@ def names_in(file: str, table: str) -> tuple[str, ...]:
 def parse(cls: type, arguments: list[str], default=None, description: str | None = None, choices: dict | None = None):
     """The dataclass `cls` filled from `arguments` with tyro; wrong ones end the program in one line.
 
-    `choices` maps a field to the (file, dictionary) whose keys are its allowed values.
+    `choices` maps a field to the (file, dictionary) whose keys are its allowed values, with other types that are allowed.
     """
     import tyro
 
     for field in dataclasses.fields(cls):
         if field.name in (choices or {}):
-            field.type = cls.__annotations__[field.name] = Literal[names_in(*choices[field.name])]
+            file, table, *others = choices[field.name]
+            field.type = cls.__annotations__[field.name] = Union[(Literal[names_in(file, table)], *others)]
     quiet = int(os.environ.get("RANK", 0)) > 0
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(cls, args=arguments, default=default, description=description, config=(tyro.conf.FlagConversionOff,),
-                            console_outputs=not quiet)
+            return tyro.cli(cls, args=arguments, default=default, description=description, console_outputs=not quiet,
+                            config=(tyro.conf.FlagConversionOff,))
     except SystemExit as end:
         if end.code in (0, None):
             raise
     box = [line.strip("│╭╮╰╯ ").strip() for line in said.getvalue().splitlines()]
-    box = box[1 : next((i for i, line in enumerate(box) if line.startswith("──")), len(box))]  # the rest points to --help
+    end = next((i for i, line in enumerate(box) if line.startswith("──")), len(box))
+    box = box[1:end]  # the rest points to --help
     known = ["--" + field.name for field in dataclasses.fields(cls)]
     given = ["--" + a[2:].split("=")[0].replace("-", "_") for a in arguments if a.startswith("--")]
     unknown = [a for a in given if a not in known]
@@ -72,7 +74,7 @@ def parse(cls: type, arguments: list[str], default=None, description: str | None
         if f"--{field.name.replace('_', '-')}:" in " ".join(box):
             expected = field.type.__name__ if isinstance(field.type, type) else field.type
             box.append(f"(expected {expected})")
-    fail(" ".join(box) + "; `--help` lists all settings")
+    fail(" ".join(box).rstrip(".") + "; `--help` lists all settings")
 
 
 def read_config(arguments: list[str]) -> Config:
@@ -85,6 +87,9 @@ def read_config(arguments: list[str]) -> Config:
     description = (f"Trains a diffusion model. Usage: main.py [PRESET] [--setting value ...], with PRESET one of {', '.join(PRESETS)}. "
                    f"The defaults below are those of {preset}.")
     config = parse(Config, arguments, Config(**PRESETS[preset]), description, CHOICES)
+    datasets = names_in(*CHOICES["dataset"][:2])
+    if config.dataset not in datasets and not config.dataset.endswith((".npz", ".npy")):
+        fail(f"dataset {config.dataset!r} is not known: expected one of {', '.join(datasets)}, or a FILE.npz or FILE.npy")
     for problem in problems(config, int(os.environ.get("WORLD_SIZE", 1))):
         fail(problem)
     return config

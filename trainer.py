@@ -95,8 +95,7 @@ class DiffusionTrainer:
         self.ddp = self.forward = self.net
         if world_size() > 1:
             self.ddp = self.forward = DistributedDataParallel(
-                self.net, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
-                gradient_as_bucket_view=True,
+                self.net, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
         if device.type == "cuda" if config.compile is None else config.compile:
             self.forward = torch.compile(self.ddp)
@@ -139,7 +138,7 @@ class DiffusionTrainer:
         """Trains up to num_training_steps, from where the run stands."""
         config = self.config
         if self.step >= config.num_training_steps:
-            print0(f"{self.folder} is trained already, to step {self.step}: more --num_training_steps go on, another --run_name starts anew")
+            print0(f"{self.folder} is trained already, to step {self.step}: raise --num_training_steps, or choose another --run_name")
             return self.end()
         if self.step == 0:
             self.show_data()
