@@ -78,7 +78,7 @@ def parse(cls: type, arguments: list[str], default=None, description: str | None
 
 
 def read_config(arguments: list[str]) -> Config:
-    """The settings of `[PRESET] [--setting value ...]`. Ends the program in one line if they are unknown, wrong or contradict each other."""
+    """The settings of `[PRESET] [--setting value ...]`. Ends the program in one line if they are unknown, wrong or contradictory."""
     preset = "cifar10"
     if arguments and not arguments[0].startswith("-"):
         preset, *arguments = arguments
@@ -108,8 +108,8 @@ def in_short(config: Config) -> str:
 def set_up(wanted: str, tf32: bool = True):
     """The device of this process, with its process group where torchrun started several; gloo on CPUs, nccl on GPUs.
 
-    The device index is the local rank. On the way out, what the user can mend ends the program in one line: a UserError, a
-    full disk, too little GPU memory.
+    The device index is the local rank. On the way out, what the user can mend ends the program in one line: a UserError, or too
+    little GPU memory.
     """
     import torch
     import torch.distributed as dist
@@ -132,16 +132,17 @@ def set_up(wanted: str, tf32: bool = True):
         if world_size() > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         yield device
-        if world_size() > 1:
-            dist.destroy_process_group()
     except UserError as error:
-        fail(str(error))
+        wrong = str(error)
     except torch.cuda.OutOfMemoryError:
-        fail("out of GPU memory: raise --accumulation_steps, or lower --batch_size or --model_channels")
-    except OSError as error:
-        if error.errno not in (28, 122):  # disk full, quota reached
-            raise
-        fail(f"no room left to write ({error}): make room, or choose another --ckpt_dir; the last checkpoint is whole")
+        wrong = "out of GPU memory: raise --accumulation_steps, or lower --batch_size or --model_channels"
+    else:
+        wrong = None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if wrong:
+        fail(wrong)
 
 
 def main(arguments: list[str]) -> None:

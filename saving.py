@@ -4,6 +4,7 @@ A checkpoint is one file of plain containers, numbers, strings and tensors, read
 It is written to a temporary file and renamed, so `last.pt` is whole whenever it is there.
 """
 
+import io
 import json
 import os
 import pickle
@@ -18,7 +19,9 @@ LAST = "last.pt"  # the newest checkpoint in a run's folder
 
 def save(path: str, state: dict) -> None:
     """Writes `state` to `path` as a whole or not at all. Raises UserError if the disk is full or cannot be written."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    buffer = io.BytesIO()  # torch.save into a file tells a full disk as an internal error
+    torch.save(state, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load(path: str, device="cpu") -> dict:

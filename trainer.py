@@ -88,9 +88,8 @@ class DiffusionTrainer:
         self.last = os.path.join(self.folder, saving.LAST)
         if on_rank0(lambda: saving.open_run(self.folder, settings, MAY_CHANGE)):
             self.restore()
-        self.logger = None
-        if rank() == 0:
-            self.logger = Logger(self.folder, settings, config.wandb, config.wandb_project, self.step, config.num_training_steps)
+        self.logger = None  # only rank 0 has one
+        on_rank0(self.start_logger)
         # The network as it is trained, wrapped; self.net stays plain, for checkpoints, EMA and sampling.
         self.ddp = self.forward = self.net
         if world_size() > 1:
@@ -99,6 +98,10 @@ class DiffusionTrainer:
             )
         if device.type == "cuda" if config.compile is None else config.compile:
             self.forward = torch.compile(self.ddp)
+
+    def start_logger(self) -> None:
+        c = self.config
+        self.logger = Logger(self.folder, dataclasses.asdict(c), c.wandb, c.wandb_project, self.step, c.num_training_steps)
 
     # ---- The two methods that a new project overrides
 
@@ -140,8 +143,8 @@ class DiffusionTrainer:
         if self.step >= config.num_training_steps:
             print0(f"{self.folder} is trained already, to step {self.step}: raise --num_training_steps, or choose another --run_name")
             return self.end()
-        if self.step == 0:
-            self.show_data()
+        if self.step == 0 and self.spec.is_image:  # a scatter plot of samples shows the data already
+            on_rank0(self.show_data)
         self.net.train()
         self.restart_clock()
         while self.step < config.num_training_steps:
@@ -231,8 +234,7 @@ class DiffusionTrainer:
         for i, (total, count) in enumerate(zip(by_quarter[:4], by_quarter[4:])):
             if count:
                 values[f"loss_t_{i / 4:.2f}_{(i + 1) / 4:.2f}"] = total / count
-        if rank() == 0:
-            self.logger.log(self.step, values)
+        on_rank0(lambda: self.logger.log(self.step, values))
         self.sums.zero_()
         self.restart_clock()
 
@@ -245,8 +247,6 @@ class DiffusionTrainer:
 
     def show_data(self) -> None:
         """Saves a picture of real data, to lay beside the samples; images by class, as in the grids."""
-        if rank() > 0 or not self.spec.is_image:  # a scatter plot of samples shows the data already
-            return
         few, number = 0 < self.spec.num_classes <= 16, self.config.num_samples
         indices = range(number)
         if few:
@@ -266,10 +266,9 @@ class DiffusionTrainer:
         for weights, net in (("raw", self.net), ("ema", self.ema.net)):
             for sampler in (c.sampler, c.sde_sampler):
                 samples = draw_all(c, self.spec, self.process, net, self.device, rows=range(c.num_samples), labels=labels, sampler=sampler)
-                if rank() == 0:
-                    self.logger.picture(self.step, f"{weights}_{sampler}", self.picture(samples))
-        if rank() == 0:
-            self.logger.curves()
+                name = f"{weights}_{sampler}"
+                on_rank0(lambda name=name, samples=samples: self.logger.picture(self.step, name, self.picture(samples)))
+        on_rank0(self.logger.curves if rank() == 0 else None)
         self.net.train()
         self.restart_clock()
 

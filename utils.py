@@ -59,12 +59,15 @@ def gather_rows(mine: torch.Tensor) -> torch.Tensor:
 
 
 def on_rank0(work):
-    """`work()` on rank 0 while the others wait; its result, something small, on all. A UserError of rank 0 is raised on all."""
+    """`work()` on rank 0 while the others wait; its result, something small, on all.
+
+    Raises UserError on all if rank 0 met one, or could not read or write a file.
+    """
     answer = [None, None]
     if rank() == 0:
         try:
             answer = [work(), None]
-        except UserError as error:
+        except (UserError, OSError) as error:
             answer = [None, str(error)]
     if world_size() > 1:
         dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
@@ -169,7 +172,8 @@ def write_atomically(path: str, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}; make room or choose another folder") from error
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; make room or choose another folder") from error
