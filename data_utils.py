@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import UserError, choose, import_torchvision, make_seed, to_uint8, write_atomically
+from utils import UserError, choose, first_line, import_torchvision, make_seed, to_uint8, write_atomically
 
 CACHE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "cache")  # decoded image folders
 
@@ -85,7 +85,7 @@ def from_torchvision(name: str, folder: str, data_dir: str, download: bool) -> D
         files = [(os.path.join(data_dir, folder, file), md5) for file, md5 in files]
         corrupt = [path for path, md5 in files if os.path.exists(path) and not datasets.utils.check_integrity(path, md5)]
         wrong = f"{corrupt[0]} is corrupt (its MD5 is not the published one)" if corrupt else f"{name} is not in {data_dir}"
-        raise UserError(f"{wrong} and cannot be downloaded ({str(error).splitlines()[0]}): put {' and '.join(p for p, _ in files)} there, "
+        raise UserError(f"{wrong} and cannot be downloaded ({first_line(error)}): put {' and '.join(p for p, _ in files)} there, "
                         f"from {source}, or run the preset 'digits', which needs no download") from error
     images = np.asarray(data.data)
     images = images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # (N, C, H, W)
@@ -154,7 +154,7 @@ def decode_image(path: str, size: int) -> np.ndarray:
             image = ImageOps.exif_transpose(image).convert("RGB")
             return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not a readable image ({str(error).splitlines()[0]}): mend or remove it") from error
+        raise UserError(f"{path} is not a readable image ({first_line(error)}): mend or remove it") from error
 
 
 def image_folder(data_dir: str, image_size: int) -> Dataset:
@@ -162,7 +162,7 @@ def image_folder(data_dir: str, image_size: int) -> Dataset:
     try:
         folder = import_torchvision().datasets.ImageFolder(data_dir)
     except OSError as error:
-        raise UserError(f"{data_dir} is no folder of class folders of images ({str(error).splitlines()[0]}): expected "
+        raise UserError(f"{data_dir} is no folder of class folders of images ({first_line(error)}): expected "
                         "DATA_DIR/CLASS/IMAGE.jpg (or .png, ...); set --data_dir") from error
     paths, labels = [path for path, _ in folder.samples], [label for _, label in folder.samples]
     listing = "\n".join(f"{path} {(stat := os.stat(path)).st_size} {stat.st_mtime_ns}" for path in paths)
@@ -192,7 +192,7 @@ def from_array_file(path: str) -> Dataset:
         file = np.load(path, allow_pickle=False)
         arrays = {name: file[name] for name in file.files} if hasattr(file, "files") else {"arr_0": file}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path} ({str(error).splitlines()[0]}): expected a .npz or .npy file of numbers, "
+        raise UserError(f"cannot read {path} ({first_line(error)}): expected a .npz or .npy file of numbers, "
                         "as numpy.savez writes it") from error
     data, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if data is None:

@@ -14,7 +14,7 @@ import uuid
 import numpy as np
 from tqdm import tqdm
 
-from utils import import_torchvision, write_atomically
+from utils import first_line, import_torchvision, write_atomically
 
 CURVES = ("loss", "learning_rate", "grad_norm", "images_per_second")
 
@@ -99,10 +99,6 @@ class Logger:
 
 
 # ---- wandb
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def notice(text: str) -> None:

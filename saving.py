@@ -12,7 +12,7 @@ import pickle
 import torch
 from torch import nn
 
-from utils import UserError, write_atomically
+from utils import UserError, first_line, write_atomically
 
 LAST = "last.pt"  # the newest checkpoint in a run's folder
 
@@ -31,8 +31,7 @@ def load(path: str, device="cpu") -> dict:
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({why}): it is truncated, damaged or no checkpoint; use another") from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}): it is truncated, damaged or no checkpoint; use another") from error
     if not isinstance(state, dict) or not {"step", "net", "ema", "config", "data"} <= state.keys():
         raise UserError(f"{path} is no checkpoint of this project: expected a file such as ckpts/RUN_NAME/{LAST}")
     return state

@@ -20,6 +20,11 @@ class UserError(ValueError):
     """A mistake of the user's, told in one line: what is wrong, what was expected, what to do. The scripts show no traceback for it."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its name if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 # ---- Ranks
 
 
@@ -122,7 +127,8 @@ def to_uint8(x: torch.Tensor, mean: float = 127.5, std: float = 127.5) -> torch.
 def make_seed(*keys: int | str) -> int:
     """One 64-bit seed from numbers (>= 0) and words; other keys give an independent seed."""
     words = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in keys]
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+    # the length first: SeedSequence takes (1,) and (1, 0) for the same
+    return int(np.random.SeedSequence([len(words), *words]).generate_state(1, np.uint64)[0])
 
 
 def row_noise(rows: range, shape: tuple[int, ...], device, *keys: int | str) -> torch.Tensor:

@@ -1,0 +1,82 @@
+"""What the tests share: exact Gaussian data, tiny settings, and a way to run the scripts as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["WANDB_MODE"] = "offline"
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "WANDB_API_KEY"):
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from config import PRESETS, Config  # noqa: E402
+from prediction import PREDICTIONS  # noqa: E402
+from processes import PROCESSES  # noqa: E402
+
+
+class Gaussian:
+    """Data N(mean, std^2), a number for each coordinate: every prediction is exact. It has the call of a network.
+
+    xt ~ N(alpha mean, alpha^2 std^2 + sigma^2), and the expectations of x0 and x1 given xt are linear in xt.
+    """
+
+    def __init__(self, process, kind, mean=0.7, std=0.5):
+        self.process, self.kind, self.mean, self.std = process, kind, mean, std
+
+    def moments(self, t, ndim=2):
+        c = self.process.coefs(t, ndim)
+        return c, c.alpha * self.mean, c.alpha**2 * self.std**2 + c.sigma**2
+
+    def __call__(self, xt, t, label=None):
+        c, mean, variance = self.moments(t, xt.ndim)
+        x0 = self.mean + c.alpha * self.std**2 * (xt - mean) / variance
+        x1 = c.sigma * (xt - mean) / variance
+        p, q = PREDICTIONS[self.kind](c)
+        return p * x0 + q * x1
+
+    def flow(self, x, t_from, t_to):
+        """The exact solution of the ODE from x at t_from to t_to: it keeps the standardized coordinate."""
+        (_, m_from, v_from), (_, m_to, v_to) = (self.moments(torch.tensor([t], dtype=x.dtype)) for t in (t_from, t_to))
+        return m_to + (v_to / v_from).sqrt() * (x - m_from)
+
+
+@pytest.fixture(params=list(PROCESSES))
+def process(request):
+    return PROCESSES[request.param]()
+
+
+def tiny(tmp_path, **changes) -> Config:
+    """The digits preset, made so small that a step takes milliseconds."""
+    settings = dict(model_channels=8, batch_size=16, num_training_steps=4, warmup_steps=2, sampling_steps=2, num_samples=10, log_every=1,
+                    sample_every=0, save_every=0, wandb="disabled", ckpt_dir=str(tmp_path))
+    return Config(**{**PRESETS["digits"], **settings, **changes})
+
+
+def flags(config: Config) -> list[str]:
+    """The command line that gives these settings on top of the defaults."""
+    words = []
+    for name, value in vars(config).items():
+        if value != getattr(Config(), name):
+            words += [f"--{name}", *([str(v) for v in value] if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
+def run(*command, cwd=ROOT, timeout=240, **environment):
+    """Runs a command without a terminal; output as text in .stdout and .stderr."""
+    env = {**os.environ, "PYTHON": sys.executable, "THREADS": "1", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([str(word) for word in command], cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+
+
+def assert_one_line_error(result, *words):
+    """The command failed, said why in one line of stderr that holds `words`, and showed no traceback."""
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode not in (0, 1), result.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert "Traceback" not in result.stdout
+    for word in words:
+        assert word in lines[0], lines[0]

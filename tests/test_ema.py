@@ -1,0 +1,30 @@
+"""The moving average: its formula with the warm-up, buffers, and what it saves."""
+
+import torch
+from torch import nn
+
+from ema import EMA
+
+
+def test_formula_with_warmup():
+    net = nn.Linear(2, 1)
+    ema, expected = EMA(net, 0.5), net.weight.detach().clone()
+    for n in range(30):
+        with torch.no_grad():
+            net.weight.add_(1.0)
+        ema.update(net)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * net.weight.detach()
+    torch.testing.assert_close(ema.net.weight, expected)
+    assert ema.num_updates == 30 and not ema.net.weight.requires_grad and net.weight.requires_grad
+
+
+def test_buffers_are_copied_and_the_state_restores():
+    net = nn.BatchNorm1d(3)
+    ema = EMA(net, 0.9)
+    net(torch.randn(8, 3) + 5)
+    ema.update(net)
+    assert torch.equal(ema.net.running_mean, net.running_mean) and ema.net.num_batches_tracked == 1
+    other = EMA(nn.BatchNorm1d(3), 0.9)
+    other.load_state_dict(ema.state_dict())
+    assert other.num_updates == 1 and all(torch.equal(a, b) for a, b in zip(other.net.state_dict().values(), ema.net.state_dict().values()))

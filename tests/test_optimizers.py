@@ -1,0 +1,60 @@
+"""The learning rate step by step, weight decay on matrices only, clipping that returns the norm before."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from optimizers import SCHEDULES, clip_gradients, learning_rate, make_optimizer
+from utils import UserError
+
+RATE = dict(base_lr=0.1, min_lr=0.01, warmup_steps=10, num_training_steps=110)
+
+
+def test_warmup_rises_linearly_to_the_base_rate():
+    for schedule in SCHEDULES:
+        rates = [learning_rate(s, lr_schedule=schedule, **RATE) for s in range(10)]
+        assert rates == pytest.approx([0.01 * (s + 1) for s in range(10)])
+
+
+def test_after_warmup():
+    assert {learning_rate(s, lr_schedule="constant", **RATE) for s in range(10, 200)} == {0.1}
+    cosine = [learning_rate(s, lr_schedule="cosine", **RATE) for s in range(10, 111)]
+    assert cosine[0] == pytest.approx(0.1) and cosine[-1] == pytest.approx(0.01) and cosine[50] == pytest.approx(0.055)
+    assert all(a > b for a, b in zip(cosine, cosine[1:]))
+    assert learning_rate(500, lr_schedule="cosine", **RATE) == pytest.approx(0.01)
+
+
+def test_no_warmup_and_warmup_as_long_as_training():
+    assert learning_rate(0, lr_schedule="cosine", **{**RATE, "warmup_steps": 0}) == pytest.approx(0.1)
+    assert learning_rate(109, lr_schedule="cosine", **{**RATE, "warmup_steps": 110}) == pytest.approx(0.1)
+    assert math.isfinite(learning_rate(110, lr_schedule="cosine", **{**RATE, "warmup_steps": 110}))
+
+
+def test_unknown_schedule():
+    with pytest.raises(UserError, match="constant, cosine"):
+        learning_rate(50, lr_schedule="linear", **RATE)
+
+
+def test_only_matrices_decay():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 4))
+    optimizer = make_optimizer(net, weight_decay=0.5)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, value in net.state_dict().items():
+        factor = 0.95 if before[name].ndim >= 2 else 1.0
+        torch.testing.assert_close(value, factor * before[name])
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(before)
+
+
+def test_clipping_returns_the_norm_before():
+    net = nn.Linear(3, 1, bias=False)
+    for max_norm, after in ((1.0, 1.0), (10.0, 5.0), (0, 5.0)):
+        net.weight.grad = torch.tensor([[3.0, 4.0, 0.0]])
+        assert clip_gradients(net, max_norm).item() == pytest.approx(5.0)
+        assert net.weight.grad.norm().item() == pytest.approx(after, rel=1e-5)

@@ -1,0 +1,120 @@
+"""Helpers: choosing by name, shapes, pixel ranges, seeds and noise by row, shares of rows, torchvision's import, whole files."""
+
+import os
+
+import pytest
+import torch
+from conftest import ROOT, run
+
+import utils
+from utils import UserError, append_dims, choose, gather_rows, make_seed, mean_flat, on_rank0, row_noise, share, to_uint8, write_atomically
+
+
+def test_choose_passes_only_what_is_named():
+    table = {"a": lambda x, y=2: (x, y), "b": lambda: "b"}
+    assert choose(table, "a", x=1, z=3) == (1, 2)
+    assert choose(table, "b", x=1) == "b"
+    with pytest.raises(UserError, match="'c' is not known here: expected one of a, b"):
+        choose(table, "c")
+
+
+def test_shapes():
+    assert append_dims(torch.rand(3), 4).shape == (3, 1, 1, 1)
+    x = torch.randn(4, 3, 2, 2)
+    torch.testing.assert_close(mean_flat(x), torch.stack([row.mean() for row in x]))
+
+
+def test_to_uint8_keeps_every_pixel_value_and_clamps():
+    pixels = torch.arange(256).to(torch.uint8)
+    assert torch.equal(to_uint8(pixels.float() / 127.5 - 1), pixels)
+    assert to_uint8(torch.tensor([-3.0, 3.0, 0.003])).tolist() == [0, 255, 128]
+
+
+def test_seeds_differ_by_key_and_order():
+    keys = [(0,), (1,), (0, 1), (1, 0), ("noise", 0), ("step", 0), (0, "noise")]
+    assert len({make_seed(*k) for k in keys}) == len(keys)
+    assert make_seed(3, "noise", 7) == make_seed(3, "noise", 7)
+
+
+def test_row_noise_is_a_function_of_the_row():
+    whole = row_noise(range(100), (2, 3), "cpu", 5, "noise")
+    for rows in (range(0, 1), range(15, 17), range(16, 32), range(40, 99)):
+        assert torch.equal(row_noise(rows, (2, 3), "cpu", 5, "noise"), whole[rows.start : rows.stop])
+    assert len(whole.flatten().unique()) == whole.numel()
+    assert not torch.equal(row_noise(range(100), (2, 3), "cpu", 6, "noise"), whole)
+    big = row_noise(range(4000), (16,), "cpu", 0)
+    assert abs(big.mean()) < 0.02 and abs(big.std() - 1) < 0.01  # five standard errors of 64,000 draws
+
+
+def test_shares_cover_all_rows_once(monkeypatch):
+    for n in (1, 5, 64):
+        for world in (1, 2, 3, 8):
+            monkeypatch.setenv("WORLD_SIZE", str(world))
+            rows = []
+            for rank in range(world):
+                monkeypatch.setenv("RANK", str(rank))
+                rows += share(n)
+            assert rows == list(range(n))
+
+
+def test_one_process_needs_no_group():
+    x = torch.randn(3, 2)
+    assert torch.equal(gather_rows(x), x)
+    assert on_rank0(lambda: 7) == 7
+    with pytest.raises(UserError, match="no room"):
+        on_rank0(lambda: (_ for _ in ()).throw(OSError("no room")))
+
+
+def test_two_processes_gather_uneven_rows_and_share_an_error(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.distributed as dist
+from utils import UserError, gather_rows, on_rank0, rank, rank0_first, share
+dist.init_process_group("gloo")
+for n in (1, 5):
+    mine = share(n)
+    assert gather_rows(torch.arange(n)[mine.start:mine.stop]).tolist() == list(range(n))
+assert on_rank0(lambda: rank() + 10) == 10
+order = rank0_first(lambda first: (rank(), first))
+assert order == (rank(), rank() == 0)
+def bad(first):
+    assert rank() == 0, "rank 1 must not start"
+    raise UserError("told once")
+try:
+    rank0_first(bad)
+    raise SystemExit("no error")
+except UserError as error:
+    assert str(error) == "told once"
+dist.destroy_process_group()
+""")
+    result = run("python", ROOT / "launch.py", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", script)
+    assert result.returncode == 0, result.stderr
+
+
+def test_torchvision_imports_beside_a_cpu_torch():
+    result = run("python", "-c", "import utils; tv = utils.import_torchvision(); tv.datasets.CIFAR10, tv.utils.make_grid; utils.import_torchvision()")
+    assert result.returncode == 0, result.stderr
+
+
+def test_write_atomically_leaves_the_old_file(tmp_path):
+    path = str(tmp_path / "file")
+    write_atomically(path, lambda file: file.write(b"old"))
+
+    def fails(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        write_atomically(path, fails)
+    assert open(path).read() == "old" and os.listdir(tmp_path) == ["file"]
+    with pytest.raises(UserError, match="cannot write"):
+        write_atomically(str(tmp_path / "no" / "folder"), lambda file: file.write(b""))
+
+
+def test_print0(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    utils.print0("quiet")
+    monkeypatch.setenv("RANK", "0")
+    utils.print0("loud")
+    assert capsys.readouterr().out == "loud\n"
