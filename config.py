@@ -7,6 +7,7 @@ holds the allowed names of a setting. `problems` finds settings that contradict 
 This file imports nothing of the project, and nothing heavy: `--help` and wrong settings answer at once.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -145,7 +146,8 @@ def problems(c: Config, world_size: int) -> list[str]:
     `world_size` is the number of processes. What depends on the data or on a formula is checked where it is known
     (data_utils.load_dataset, prediction.check_times), also before any data is read.
     """
-    found = []
+    found = [f"{name} is {value}: expected a finite number" for name, value in vars(c).items()
+             if isinstance(value, float) and math.isinf(value)]
     positive = ("batch_size", "accumulation_steps", "num_training_steps", "base_lr", "sampling_steps", "num_samples", "log_every",
                 "sampling_batch_size", "image_size", "model_channels", "num_res_blocks", "hidden_dim", "num_layers", "logit_normal_scale")
     for name in positive:

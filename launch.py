@@ -12,6 +12,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 if __name__ == "__main__":
+    script = next((i for i, word in enumerate(sys.argv) if i > 0 and word.endswith(".py")), len(sys.argv))
+    sys.argv.insert(script, "--")  # or torchrun takes the script's --num for the beginning of one of its own options
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         main()

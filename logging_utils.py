@@ -127,10 +127,12 @@ def start_wandb(folder: str, settings: dict, mode: str, project: str, new: bool)
                              settings=wandb.Settings(init_timeout=25))
         sys.stdin = open(os.devnull)  # wandb asks for a key only where there is a terminal to ask
         try:
-            run = wandb.init(mode=mode, **arguments)
+            run, failure = wandb.init(mode=mode, **arguments), None
         except Exception as error:
-            notice(f"logging offline, since online failed ({first_line(error)}); `wandb login` once, or --wandb offline")
-            wandb.teardown()
+            run, failure = None, first_line(error)
+        if run is None:
+            notice(f"logging offline, since {mode} failed ({failure}); `wandb login` once, or --wandb offline")
+            wandb.teardown()  # it still holds the run's id; and only once the error, which holds the run, is gone
             run = wandb.init(mode="offline", **arguments)
         run.define_metric("step")
         run.define_metric("*", step_metric="step")

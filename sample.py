@@ -1,4 +1,5 @@
-"""Draws samples from a checkpoint. `python sample.py --ckpt ckpts/digits/last.pt --num 1000 --out samples.npz`, also under torchrun.
+"""Draws samples from a checkpoint. `python sample.py --ckpt ckpts/digits/last.pt --num 1000 --out samples.npz`, and
+`python launch.py --nproc-per-node=2 sample.py --ckpt ...` (or `torchrun --nproc-per-node=2 -- sample.py --ckpt ...`) on two GPUs.
 
 Writes `arr_0`, uint8 images (N, H, W, C) or float32 vectors (N, D), and `arr_1`, labels (N,) int64 if the network takes labels, as the
 evaluation files of Dhariwal & Nichol 2021 have them; and beside it a PNG of the first samples. Sample i is a function of the seed

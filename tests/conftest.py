@@ -69,7 +69,8 @@ def flags(config: Config) -> list[str]:
 def run(*command, cwd=ROOT, timeout=240, **environment):
     """Runs a command without a terminal; output as text in .stdout and .stderr."""
     env = {**os.environ, "PYTHON": sys.executable, "THREADS": "1", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([str(word) for word in command], cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+    words = [sys.executable if word == "python" else str(word) for word in command]
+    return subprocess.run(words, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
 
 
 def assert_one_line_error(result, *words):

@@ -93,7 +93,8 @@ dist.destroy_process_group()
 
 
 def test_torchvision_imports_beside_a_cpu_torch():
-    result = run("python", "-c", "import utils; tv = utils.import_torchvision(); tv.datasets.CIFAR10, tv.utils.make_grid; utils.import_torchvision()")
+    code = "import utils; tv = utils.import_torchvision(); tv.datasets.CIFAR10, tv.utils.make_grid; utils.import_torchvision()"
+    result = run("python", "-c", code)
     assert result.returncode == 0, result.stderr
 
 

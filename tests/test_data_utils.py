@@ -1,0 +1,269 @@
+"""Data: every named set, downloads against a server on this machine, image folders, array files, and the batch of step s."""
+
+import functools
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data_utils
+from data_utils import DATASETS, Batches, DataSpec, check_labels, load_dataset, make_dataset
+from utils import UserError, import_torchvision
+
+# ---- Sets that need no download
+
+
+def test_digits_are_all_there():
+    data = load_dataset("digits")
+    assert data.data.shape == (1797, 1, 8, 8) and data.data.dtype == np.uint8 and data.data.max() == 255
+    assert np.bincount(data.labels).min() > 170 and data.spec.num_classes == 10
+
+
+@pytest.mark.parametrize("name", ["moons", "eight_gaussians", "checkerboard"])
+def test_points(name):
+    data = load_dataset(name)
+    assert data.data.shape == (20_000, 2) and data.data.dtype == np.float32 and len(data.labels) == 20_000
+    assert np.array_equal(load_dataset(name).data, data.data)
+    encoded = data.spec.encode(torch.from_numpy(data.data))
+    torch.testing.assert_close(encoded.mean(0), torch.zeros(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(encoded.std(0), torch.ones(2), atol=1e-3, rtol=0)
+    if name == "checkerboard":
+        cell = np.floor(data.data + 2).astype(int)
+        assert (cell.sum(1) % 2 == 0).all() and len({(*c, k) for c, k in zip(cell.tolist(), data.labels.tolist())}) == 8
+    if name == "eight_gaussians":
+        centre = np.stack([data.data[data.labels == k].mean(0) for k in range(8)])
+        np.testing.assert_allclose(np.linalg.norm(centre, axis=1), 2, atol=0.02)
+
+
+def test_encode_and_decode():
+    pixels = torch.arange(256).to(torch.uint8).reshape(1, 1, 16, 16)
+    spec = DataSpec((1, 16, 16), 0, [127.5], [127.5])
+    x = spec.encode(pixels)
+    assert x.min() == -1 and x.max() == 1 and torch.equal(spec.decode(x), pixels)
+    constant = make_dataset(np.array([[1.0, 5.0], [3.0, 5.0]]), None)
+    x = constant.spec.encode(torch.from_numpy(constant.data))
+    assert x.tolist() == [[-1, 0], [1, 0]] and constant.spec.num_classes == 0
+    assert torch.equal(constant.spec.decode(x), torch.from_numpy(constant.data))
+
+
+# ---- Downloads
+
+
+def cifar_archive(path):
+    """A CIFAR-10 archive of 50 made-up images, as published in its structure; returns its MD5 and those of its files."""
+    rng, sums = np.random.default_rng(0), {}
+    with tarfile.open(path, "w:gz") as tar:
+        for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
+            content = {"label_names": list("abcdefghij")}
+            if name != "batches.meta":
+                content = {"data": rng.integers(0, 256, (10, 3072), np.uint8), "labels": list(range(10))}
+            payload = pickle.dumps(content)
+            sums[name] = hashlib.md5(payload).hexdigest()
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    return hashlib.md5(open(path, "rb").read()).hexdigest(), sums
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """torchvision's CIFAR10 pointed to a server on this machine; gives the folder that it serves."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    md5, sums = cifar_archive(folder / "cifar-10-python.tar.gz")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *args: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        cls = import_torchvision().datasets.CIFAR10
+        monkeypatch.setattr(cls, "url", f"http://127.0.0.1:{httpd.server_port}/cifar-10-python.tar.gz")
+        monkeypatch.setattr(cls, "tgz_md5", md5)
+        monkeypatch.setattr(cls, "train_list", [[name, sums[name]] for name in sums if name.startswith("data")])
+        monkeypatch.setattr(cls, "test_list", [["test_batch", sums["test_batch"]]])
+        monkeypatch.setattr(cls, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
+        yield folder
+        httpd.shutdown()
+
+
+def test_cifar10_is_downloaded_only_where_asked(server, tmp_path):
+    here = str(tmp_path / "data")
+    with pytest.raises(UserError, match="CIFAR10 is not in"):
+        load_dataset("cifar10", here, download=False)
+    data = load_dataset("cifar10", here, download=True)
+    assert data.data.shape == (50, 3, 32, 32) and data.data.dtype == np.uint8 and data.spec.num_classes == 10
+    os.remove(server / "cifar-10-python.tar.gz")
+    assert np.array_equal(load_dataset("cifar10", here, download=False).data, data.data)
+
+
+def test_no_network_and_a_corrupt_archive(server, tmp_path):
+    os.remove(server / "cifar-10-python.tar.gz")
+    here = tmp_path / "data"
+    with pytest.raises(UserError, match="cannot be downloaded .*put .*cifar-10-python.tar.gz there, from http.*'digits'"):
+        load_dataset("cifar10", str(here), download=True)
+    here.mkdir(exist_ok=True)
+    (here / "cifar-10-python.tar.gz").write_bytes(b"half of it")
+    with pytest.raises(UserError, match="cifar-10-python.tar.gz is corrupt"):
+        load_dataset("cifar10", str(here), download=True)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_mnist_reads_its_archives(name, tmp_path):
+    """IDX files as published (LeCun's format): 2 bytes zero, type, dimensions, sizes, data."""
+    folder = tmp_path / ("MNIST" if name == "mnist" else "FashionMNIST") / "raw"
+    folder.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (30, 28, 28), np.uint8)
+    for stem, array in (("train-images-idx3", images), ("train-labels-idx1", np.arange(30, dtype=np.uint8) % 10)):
+        sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
+        for split in (stem, stem.replace("train", "t10k")):
+            (folder / f"{split}-ubyte").write_bytes(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())
+    data = load_dataset(name, str(tmp_path))
+    assert data.data.shape == (30, 1, 28, 28) and np.array_equal(data.data[:, 0], images) and data.spec.num_classes == 10
+
+
+# ---- Folders of images
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Two classes of images of many sizes and modes; the cache goes to the test's folder."""
+    monkeypatch.setattr(data_utils, "CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "my images"
+    for name in ("cats", "dogs"):
+        (root / name).mkdir(parents=True)
+        for i, (mode, size) in enumerate([("RGB", (40, 20)), ("L", (16, 16)), ("RGBA", (9, 30)), ("P", (16, 17)), ("CMYK", (20, 20))]):
+            fill = {"RGB": (200, 0, 0), "L": 100, "RGBA": (0, 200, 0, 255), "P": 3, "CMYK": (0, 0, 0, 0)}[mode]
+            Image.new(mode, size, fill).save(root / name / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}")
+    return root
+
+
+def test_image_folder(folder):
+    data = load_dataset("image_folder", str(folder), image_size=16)
+    assert data.data.shape == (10, 3, 16, 16) and data.labels.tolist() == [0] * 5 + [1] * 5 and data.spec.num_classes == 2
+    assert data.data[0, :, 8, 8].tolist() == [200, 0, 0] and data.data[1, :, 8, 8].tolist() == [100, 100, 100]
+
+
+def test_images_are_cropped_in_the_middle(folder):
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 255
+    Image.fromarray(wide).save(folder / "cats" / "0.png")
+    assert load_dataset("image_folder", str(folder), image_size=8).data[0].min() == 255
+
+
+def test_the_cache_follows_the_folder(folder, tmp_path):
+    before = load_dataset("image_folder", str(folder), image_size=16).data.copy()
+    (cache,) = os.listdir(tmp_path / "cache")
+    Image.new("RGB", (16, 16), (0, 0, 255)).save(folder / "cats" / "new.png")
+    after = load_dataset("image_folder", str(folder), image_size=16).data
+    assert len(after) == len(before) + 1 and after[5, :, 0, 0].tolist() == [0, 0, 255]
+    assert os.listdir(tmp_path / "cache") != [cache] and len(os.listdir(tmp_path / "cache")) == 1
+
+
+def test_bad_image_folders(folder, tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="no folder of class folders"):
+            load_dataset("image_folder", str(path))
+    (folder / "dogs" / "text.jpg").write_text("no image")
+    with pytest.raises(UserError, match="dogs/text.jpg is not a readable image"):
+        load_dataset("image_folder", str(folder))
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(whole, "JPEG")
+    (folder / "dogs" / "text.jpg").write_bytes(whole.getvalue()[:1500])
+    with pytest.raises(UserError, match="dogs/text.jpg is not a readable image"):
+        load_dataset("image_folder", str(folder))
+    assert not any(f.endswith(".npy") for f in os.listdir(tmp_path / "cache"))
+
+
+# ---- Array files
+
+
+@pytest.mark.parametrize(
+    "shape, stored", [((20, 8, 8), (1, 8, 8)), ((20, 8, 6, 3), (3, 8, 6)), ((20, 3, 8, 6), (3, 8, 6)), ((20, 8, 8, 1), (1, 8, 8))]
+)
+def test_image_arrays(tmp_path, shape, stored):
+    images, path = np.random.default_rng(0).integers(0, 256, shape, np.uint8), str(tmp_path / "x.npz")
+    np.savez(path, images, np.arange(20) % 4)
+    data = load_dataset(path)
+    assert data.spec.shape == stored and data.spec.num_classes == 4 and data.spec.is_image
+    expected = images if shape[1:] == stored else images.reshape(20, *shape[1:3], -1).transpose(0, 3, 1, 2)
+    assert np.array_equal(data.data, expected)
+    check_labels(path)
+
+
+def test_vector_arrays(tmp_path):
+    path = str(tmp_path / "x.npy")
+    np.save(path, np.random.default_rng(0).normal(3, 2, (100, 5)))
+    data = load_dataset(path)
+    assert data.data.shape == (100, 5) and data.labels is None and not data.spec.is_image
+    with pytest.raises(UserError, match="has no labels"):
+        check_labels(path)
+    np.savez(tmp_path / "x.npz", np.zeros((3, 2)))
+    with pytest.raises(UserError, match="has no labels"):
+        check_labels(str(tmp_path / "x.npz"))
+
+
+def test_bad_arrays(tmp_path):
+    path = str(tmp_path / "x.npz")
+    good = np.zeros((4, 2), np.float32)
+    for arrays, words in [
+        ((np.zeros((4, 8, 8, 3), np.float32),), "float32 of shape .* expected vectors"),
+        ((np.zeros(4),), "expected vectors"),
+        ((np.zeros((0, 2)),), "expected vectors"),
+        ((np.zeros((4, 2), complex),), "expected vectors"),
+        ((np.array([["a", "b"]]),), "expected vectors"),
+        ((np.array([[1, None]], object),), "cannot read"),
+        ((np.full((4, 2), np.nan),), "not finite"),
+        ((good, np.zeros(3, int)), "labels arr_1"),
+        ((good, np.zeros(4)), "labels arr_1"),
+        ((good, np.array([0, 1, -1, 2])), "labels arr_1"),
+    ]:
+        np.savez(path, *arrays)
+        with pytest.raises(UserError, match=words):
+            load_dataset(path)
+    np.savez(path, images=good)
+    with pytest.raises(UserError, match="has no array arr_0, only images"):
+        load_dataset(path)
+    for content in (b"", b"PK\x03\x04 half a zip", b"text"):
+        open(path, "wb").write(content)
+        with pytest.raises(UserError, match="cannot read"):
+            load_dataset(path)
+    with pytest.raises(UserError, match="cannot read"):
+        load_dataset(str(tmp_path / "nowhere.npz"))
+
+
+def test_unknown_name():
+    with pytest.raises(UserError, match=f"expected one of {', '.join(DATASETS)}"):
+        load_dataset("cifar11")
+
+
+# ---- Batches
+
+
+def dataset(n):
+    return make_dataset(np.arange(n, dtype=np.float32)[:, None], np.arange(n) % 3)
+
+
+@pytest.mark.parametrize("n, batch_size", [(10, 4), (10, 10), (7, 20), (5, 1)])
+def test_every_epoch_takes_each_item_once_in_a_new_order(n, batch_size):
+    batches = Batches(dataset(n), batch_size, seed=0)
+    order = np.concatenate([batches.indices(step) for step in range(3 * n)])[: 3 * n]
+    epochs = order.reshape(3, n)
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs.tolist())
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    ours, theirs, other = (Batches(dataset(50), 8, seed) for seed in (1, 1, 2))
+    forward = [ours.indices(step) for step in range(20)]
+    assert all(np.array_equal(theirs.indices(step), forward[step]) for step in reversed(range(20)))
+    assert not np.array_equal(other.indices(0), forward[0])
+    x, label = ours(3, slice(2, 6))
+    assert np.array_equal(x[:, 0].numpy(), forward[3][2:6]) and np.array_equal(label.numpy(), forward[3][2:6] % 3)

@@ -1,0 +1,150 @@
+"""Logging: metrics.jsonl, pictures, curves, wandb offline read back, and wandb failing in every way without stopping anything."""
+
+import json
+import os
+import struct
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+from PIL import Image
+
+from logging_utils import Logger, image_grid, scatter_plot
+
+SETTINGS = {"mults": (1, 2), "bf16": None, "lr": 0.1}
+
+
+def read_wandb(folder):
+    """Config and history that an offline run holds. The file: a header of 7 bytes, then blocks of 32 KiB of records, each a checksum
+    (4 bytes), a length (2), a type (1: whole, 2: first, 3: middle, 4: last part) and a protobuf."""
+    from wandb.proto import wandb_internal_pb2
+
+    config, history = {}, []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        content, position, parts = path.read_bytes(), 7, b""
+        while position + 7 <= len(content):
+            if 32768 - position % 32768 < 7:
+                position += 32768 - position % 32768
+                continue
+            length, kind = struct.unpack("<HB", content[position + 4 : position + 7])
+            parts += content[position + 7 : position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):
+                record, parts = wandb_internal_pb2.Record.FromString(parts), b""
+                config |= {u.key: json.loads(u.value_json) for u in record.run.config.update}
+                if record.HasField("history"):
+                    items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+                    history.append(items)
+    return config, history
+
+
+def logger(folder, mode="disabled", step=0, **changes):
+    return Logger(**{**dict(folder=str(folder), settings=SETTINGS, mode=mode, project="tests", step=step, total=10), **changes})
+
+
+def values(loss):
+    return {"loss": loss, "grad_norm": 1.0, "learning_rate": 0.1, "images_per_second": 5.0}
+
+
+def lines(folder):
+    return [json.loads(line) for line in open(folder / "metrics.jsonl")]
+
+
+def test_metrics_have_each_step_once_after_going_on(tmp_path, capsys):
+    log = logger(tmp_path)
+    for step in (1, 2, 3):
+        log.log(step, values(1 / step))
+    log.finish()
+    assert "step 2/10  loss 0.5" in capsys.readouterr().out  # plain lines, where there is no terminal
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # cut off by a kill
+    log = logger(tmp_path, step=2)
+    log.log(3, values(0.2))
+    log.finish()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 0.2)]
+    logger(tmp_path, step=0).finish()
+    assert lines(tmp_path) == []
+
+
+def test_pictures_and_curves(tmp_path):
+    os.makedirs(tmp_path / "samples")
+    log = logger(tmp_path)
+    log.curves()  # nothing logged yet
+    for step in range(1, 5):
+        log.log(step, values(1 / step))
+    log.curves()
+    assert Image.open(tmp_path / "curves.png").size == (1000, 600)
+    path = log.picture(7, "ema_heun", image_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 2))
+    assert path.endswith(os.path.join("samples", "ema_heun_0000007.png")) and Image.open(path).width >= 450
+    log.finish()
+
+
+def test_image_grid_places_images_by_row():
+    images = torch.zeros(6, 3, 64, 64, dtype=torch.uint8)
+    images[4] = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]
+    pixels = np.asarray(image_grid(images, 3).resize((3, 2), Image.Resampling.BOX))
+    assert pixels[1, 1, 0] > 150 and pixels[1, 1, 1] == 0 and pixels[..., 0].sum() - pixels[1, 1, 0] == 0
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 5])
+def test_scatter_plot(dimensions):
+    points = torch.randn(50, dimensions)
+    picture = scatter_plot(points, points)
+    assert picture.size == (1000, 500) and len(np.unique(np.asarray(picture))) > 20
+
+
+def test_wandb_offline_holds_everything(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    os.makedirs(tmp_path / "samples")
+    for step in (0, 3):  # a run, and the same run going on
+        log = logger(tmp_path, "offline", step=step)
+        log.log(step + 1, values(0.5))
+        log.picture(step + 1, "real", image_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 2))
+        log.finish()
+    config, history = read_wandb(tmp_path)
+    assert config["mults"] == [1, 2] and config["bf16"] is None and config["lr"] == 0.1 and set(SETTINGS) <= set(config)
+    assert [h["loss"] for h in history if "loss" in h] == [0.5, 0.5]
+    assert [h["step"] for h in history if "loss" in h] == [1, 4]
+    assert any(key.startswith("samples") and "real" in key for h in history for key in h)
+    ids = {path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert ids == {(tmp_path / "wandb_id").read_text()}
+
+
+ONLINE = """
+import sys; sys.path.insert(0, sys.argv[1])
+from logging_utils import Logger
+log = Logger(sys.argv[2], {}, "online", "tests", 0, 10)
+log.log(1, dict(loss=1.0, grad_norm=1.0, learning_rate=1.0, images_per_second=1.0))
+log.finish()
+"""
+
+
+@pytest.mark.parametrize("environment", [
+    {},
+    {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"},
+    {"WANDB_API_KEY": "wrong"},
+])
+def test_online_without_key_or_server_becomes_offline_in_one_line(tmp_path, environment):
+    """No key, a server that refuses, a key of the wrong form: offline after at most 30 s, with one line of notice."""
+    start = time.monotonic()
+    environment = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_MODE": "online", **environment}
+    result = run("python", "-c", ONLINE, ROOT, tmp_path, **environment)
+    assert result.returncode == 0 and time.monotonic() - start < 45, result.stderr
+    assert [line for line in result.stderr.splitlines() if "logging offline" in line] == result.stderr.splitlines(), result.stderr
+    assert "wandb sync" in result.stdout and list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert lines(tmp_path)[0]["loss"] == 1.0
+
+
+def test_wandb_failing_in_the_middle_is_told_once(tmp_path, capsys):
+    class Broken:
+        def log(self, values):
+            raise RuntimeError("server gone")
+
+    log = logger(tmp_path)
+    log.run = Broken()
+    log.log(1, values(1.0))
+    log.log(2, values(1.0))
+    log.finish()
+    assert capsys.readouterr().err.count("server gone") == 1 and len(lines(tmp_path)) == 2

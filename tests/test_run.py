@@ -1,0 +1,122 @@
+"""End to end, as a user runs it: sh run.sh with one and two processes, the same numbers from both, a kill, and the launcher's options."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, flags, run, tiny
+from test_logging_utils import read_wandb
+
+import saving
+
+SETTINGS = dict(num_training_steps=20, warmup_steps=5, base_lr=1e-3, time_sampler="stratified", random_flip=True)
+
+
+def train(folder, gpus=1, **changes):
+    config = tiny(folder, **{**SETTINGS, **changes})
+    result = run("sh", ROOT / "run.sh", *flags(config), GPUS=str(gpus))
+    assert result.returncode == 0, result.stderr
+    return result, folder / config.run_name
+
+
+def test_one_process_two_processes_and_two_accumulation_steps_agree(tmp_path):
+    """Losses to 1e-4 relative; weights to 1e-4, where Adam moved them by about 1e-2. float32 sums in another order differ by 1e-7, and Adam
+    magnifies that where a gradient is near zero."""
+    runs = {}
+    for name, gpus, parts in (("one", 1, 1), ("two", 2, 1), ("parts", 1, 2), ("both", 2, 2)):
+        _, folder = train(tmp_path, gpus, run_name=name, accumulation_steps=parts)
+        lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+        runs[name] = [line["loss"] for line in lines], [line["grad_norm"] for line in lines], saving.load(str(folder / "last.pt"))
+    losses, norms, state = runs.pop("one")
+    assert len(losses) == 20 and losses[-1] < losses[0]
+    for name, (other_losses, other_norms, other) in runs.items():
+        assert other_losses == pytest.approx(losses, rel=1e-4), name
+        assert other_norms == pytest.approx(norms, rel=1e-2), name
+        for part, theirs in ((state["net"], other["net"]), (state["ema"]["net"], other["ema"]["net"])):
+            for key in part:
+                torch.testing.assert_close(theirs[key], part[key], rtol=0, atol=1e-4)
+
+
+def test_preset_through_run_sh_with_wandb(tmp_path):
+    config = tiny(tmp_path, run_name="my run")
+    words = flags(config)
+    words[words.index("--wandb") + 1] = "offline"
+    result = run("sh", ROOT / "run.sh", "digits", *words, cwd="/", GPUS="2", WANDB_MODE="offline")
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    folder = tmp_path / "my run"
+    for name in ("last.pt", "metrics.jsonl", "samples/ema_heun_0000004.png"):
+        assert (folder / name).exists() and str(folder / name.split("/")[0]) in result.stdout
+    logged, history = read_wandb(folder)
+    assert logged["channel_mults"] == [1, 2] and logged["compile"] is None and set(vars(config)) <= set(logged)
+    assert [h["step"] for h in history if "loss" in h] == [1, 2, 3, 4]
+    assert sum(any("ema_heun" in k for k in h) for h in history) == 1
+    again = run("sh", ROOT / "run.sh", "digits", *words, GPUS="1")
+    assert again.returncode == 0 and "trained already" in again.stdout
+    words[words.index("--base_lr") + 1] = "0.5"
+    other = run("sh", ROOT / "run.sh", "digits", *words, GPUS="1")
+    assert_one_line_error(other, "base_lr (0.002 there, 0.5 now)", "--run_name")
+
+
+def test_killed_and_started_again_is_bit_equal(tmp_path):
+    """SIGKILL in the middle; the same command goes on, to the same weights and metrics as a run that was not killed."""
+    _, straight = train(tmp_path, run_name="straight", dropout=0.2, num_training_steps=60, save_every=7)
+    config = tiny(tmp_path, **{**SETTINGS, "run_name": "killed", "dropout": 0.2, "num_training_steps": 60, "save_every": 7})
+    command = [sys.executable, "main.py", *flags(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = run("sh", ROOT / "run.sh", *flags(config))
+    assert result.returncode == 0 and "going on with" in result.stdout, result.stdout + result.stderr
+    a, b = (saving.load(str(folder / "last.pt")) for folder in (straight, tmp_path / "killed"))
+    assert all(torch.equal(a["net"][k], b["net"][k]) and torch.equal(a["ema"]["net"][k], b["ema"]["net"][k]) for k in a["net"])
+    a, b = ([json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (straight, tmp_path / "killed"))
+    for line in a + b:
+        line.pop("images_per_second")
+    assert a == b and [line["step"] for line in a] == list(range(1, 61))
+
+
+def test_a_run_goes_on_with_other_processes(tmp_path):
+    _, straight = train(tmp_path, run_name="straight", lr_schedule="constant")
+    train(tmp_path, 1, run_name="moved", lr_schedule="constant", num_training_steps=10)
+    train(tmp_path, 2, run_name="moved", lr_schedule="constant")
+    a, b = ([json.loads(line)["loss"] for line in open(folder / "metrics.jsonl")] for folder in (straight, tmp_path / "moved"))
+    assert b == pytest.approx(a, rel=1e-4) and len(b) == 20
+
+
+def test_bad_input_through_the_launcher_is_one_line(tmp_path):
+    result = run("sh", ROOT / "run.sh", "digits", "--dataset", tmp_path / "no.npz", "--ckpt_dir", tmp_path, GPUS="2")
+    assert_one_line_error(result, "cannot read")
+    assert result.returncode == 2
+    result = run("sh", ROOT / "run.sh", "--batch_size", "3", GPUS="2")
+    assert_one_line_error(result, "not divisible by 2 processes")
+    assert_one_line_error(run("sh", ROOT / "run.sh", NODES="2"), "HEAD=NAME:PORT")
+
+
+def test_out_of_disk(tmp_path):
+    """A file-size limit stands in for a full disk: the checkpoint does not fit, the error is one line, nothing half-written is left."""
+    config = tiny(tmp_path)
+    command = f"ulimit -f 200; exec {sys.executable} main.py {' '.join(flags(config))}"
+    code = """import signal, subprocess, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.exit(subprocess.call(sys.argv[1:], restore_signals=False))"""
+    result = run("python", "-c", code, "sh", "-c", command)
+    assert_one_line_error(result, "cannot write", "last.pt", "make room")
+    assert not [f for f in os.listdir(tmp_path / "digits") if ".tmp" in f or f == "last.pt"]
+
+
+def test_a_crash_keeps_its_traceback_and_a_signal_is_named(tmp_path):
+    (tmp_path / "crash.py").write_text("raise RuntimeError('a bug')")
+    (tmp_path / "killed.py").write_text("import os; os.kill(os.getpid(), 9)")
+    launch = ["python", ROOT / "launch.py", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    crash, killed = run(*launch, tmp_path / "crash.py"), run(*launch, tmp_path / "killed.py")
+    assert crash.returncode == 1 and crash.stderr.count("Traceback") == 1 and "a bug" in crash.stderr
+    assert killed.returncode == 137 and "SIGKILL" in killed.stderr and "Traceback" not in killed.stderr

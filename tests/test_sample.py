@@ -1,0 +1,84 @@
+"""sample.py: what it writes, that samples do not depend on batches or processes, and its one-line errors."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, run, tiny
+from PIL import Image
+
+import saving
+from data_utils import load_dataset
+from trainer import DiffusionTrainer
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A conditional run on digits, whose weights are far from the start, and an unconditional one on points."""
+    folder = tmp_path_factory.mktemp("runs")
+    digits = tiny(folder, num_training_steps=20, base_lr=1e-2)
+    points = tiny(folder, run_name="points", dataset="moons", network="mlp", hidden_dim=16, num_layers=1, class_conditional=False)
+    for config in (digits, points):
+        DiffusionTrainer(config, load_dataset(config.dataset), torch.device("cpu")).train()
+    return folder
+
+
+def sample(tmp_path, ckpt, *arguments, name="x", launch=()):
+    out = tmp_path / f"{name}.npz"
+    result = run("python", *launch, "sample.py", "--ckpt", ckpt, "--out", out, *arguments)
+    assert result.returncode == 0, result.stderr
+    return np.load(out)
+
+
+def test_images_labels_and_picture(checkpoints, tmp_path):
+    ckpt = checkpoints / "digits" / "last.pt"
+    file = sample(tmp_path, ckpt, "--num", "25")
+    assert file["arr_0"].shape == (25, 8, 8, 1) and file["arr_0"].dtype == np.uint8
+    assert file["arr_1"].dtype == np.int64 and file["arr_1"].tolist() == [i % 10 for i in range(25)]
+    assert Image.open(tmp_path / "x.png").width >= 450
+    assert sample(tmp_path, ckpt, "--num", "5", "--labels", "3,7")["arr_1"].tolist() == [3, 7, 3, 7, 3]
+
+
+@pytest.mark.parametrize("sampler", ["heun", "euler_maruyama"])
+def test_samples_do_not_depend_on_batches_or_processes(checkpoints, tmp_path, sampler):
+    ckpt, common = checkpoints / "digits" / "last.pt", ["--num", "33", "--sampler", sampler, "--guidance_scale", "1.5"]
+    whole = sample(tmp_path, ckpt, *common)["arr_0"].astype(int)
+    launch = [ROOT / "launch.py", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    for other in (sample(tmp_path, ckpt, *common, "--batch_size", "7", name="y"), sample(tmp_path, ckpt, *common, name="z", launch=launch)):
+        assert abs(other["arr_0"].astype(int) - whole).max() <= 1  # rounding
+    assert len(np.unique(whole, axis=0)) == 33
+
+
+def test_every_option_matters(checkpoints, tmp_path):
+    ckpt = checkpoints / "digits" / "last.pt"
+    options = ["", "--weights raw", "--sampler euler", "--sampling_steps 5", "--guidance_scale 3", "--seed 1", "--labels 4",
+               "--sampler euler_maruyama", "--sampler euler_maruyama --sde_diffusion delta"]
+    drawn = [sample(tmp_path, ckpt, "--num", "10", *o.split())["arr_0"] for o in options]
+    for i in range(len(drawn)):
+        for j in range(i):
+            assert not np.array_equal(drawn[i], drawn[j]), (options[i], options[j])
+
+
+def test_points(checkpoints, tmp_path):
+    file = sample(tmp_path, checkpoints / "points" / "last.pt", "--num", "40")
+    assert file["arr_0"].shape == (40, 2) and file["arr_0"].dtype == np.float32 and file.files == ["arr_0"]
+    assert Image.open(tmp_path / "x.png").size == (1000, 500)
+
+
+def test_one_line_errors(checkpoints, tmp_path):
+    digits, points = checkpoints / "digits" / "last.pt", checkpoints / "points" / "last.pt"
+    (tmp_path / "short.pt").write_bytes(digits.read_bytes()[:5000])
+    state = saving.load(str(digits))
+    saving.save(str(tmp_path / "wide.pt"), {**state, "config": {**state["config"], "model_channels": 16}})
+    for arguments, words in [
+        (["--ckpt", tmp_path / "none.pt"], ["no checkpoint"]),
+        (["--ckpt", tmp_path / "short.pt"], ["truncated"]),
+        (["--ckpt", tmp_path / "wide.pt"], ["another architecture"]),
+        (["--ckpt", digits, "--labels", "3,11"], ["0 to 9"]),
+        (["--ckpt", points, "--labels", "3"], ["takes none"]),
+        (["--ckpt", points, "--guidance_scale", "2"], ["--guidance_scale 1"]),
+        (["--ckpt", digits, "--sampler", "dopri"], ["euler_maruyama"]),
+        (["--ckpt", digits, "--num", "0"], ["num is 0"]),
+        (["--ckpt", digits, "--num", "2", "--out", tmp_path / "no" / "x.npz"], ["cannot write"]),
+        ([], ["--ckpt"]),
+    ]:
+        assert_one_line_error(run("python", "sample.py", *arguments), *words)

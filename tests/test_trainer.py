@@ -1,0 +1,210 @@
+"""The trainer: the loss against the formula, randomness by (seed, step), exact resume, what a grid shows, that it learns."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+
+import saving
+from data_utils import load_dataset, make_dataset
+from prediction import PREDICTIONS, convert, target
+from processes import PROCESSES
+from trainer import DiffusionTrainer
+from utils import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+def make(tmp_path, digits, **changes):
+    return DiffusionTrainer(tiny(tmp_path, **changes), digits, CPU)
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.net.parameters()])
+
+
+def randomize(net):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+
+
+@pytest.mark.parametrize("process", list(PROCESSES))
+@pytest.mark.parametrize("model_type", list(PREDICTIONS))
+def test_loss_is_the_mean_squared_error_of_every_target(tmp_path, digits, model_type, process):
+    for target_type in PREDICTIONS:
+        settings = dict(model_type=model_type, target_type=target_type, process=process, T_min=0.05, T_max=0.95)
+        trainer = make(tmp_path, digits, run_name=target_type, **settings)
+        randomize(trainer.net)
+        batch = trainer.prepare_batch(0)
+        losses = trainer.loss(batch)
+        assert losses.shape == (16,) and losses.dtype == torch.float32 and losses.requires_grad
+        c = trainer.process.coefs(batch.t, 4)
+        xt = c.alpha * batch.x0 + c.sigma * batch.x1
+        error = convert(trainer.net(xt, batch.t, batch.label), xt, c, model_type, target_type) - target(target_type, c, batch.x0, batch.x1)
+        torch.testing.assert_close(losses, error.square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_is_a_function_of_seed_and_step(tmp_path, digits):
+    trainer = make(tmp_path, digits, random_flip=True)
+    torch.manual_seed(123)
+    first, again, next_step = trainer.prepare_batch(5), trainer.prepare_batch(5), trainer.prepare_batch(6)
+    other = make(tmp_path, digits, run_name="other", random_flip=True, seed=1).prepare_batch(5)
+    for name in ("x0", "x1", "t", "label"):
+        assert torch.equal(getattr(first, name), getattr(again, name)), name
+        assert not torch.equal(getattr(first, name), getattr(next_step, name)), name
+        assert not torch.equal(getattr(first, name), getattr(other, name)), name
+    assert first.x0.min() >= -1 and first.x0.max() <= 1
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_the_batch_of_one(tmp_path, digits, monkeypatch, world):
+    """Rank r has the rows of one process's batch, for everything random, also for a stratified time sampler."""
+    whole = make(tmp_path, digits, random_flip=True, time_sampler="stratified").prepare_batch(3)
+    trainer, parts = make(tmp_path, digits, run_name="b", random_flip=True, time_sampler="stratified"), []
+    for rank in range(world):
+        trainer.rows = range(16 * rank // world, 16 * (rank + 1) // world)
+        parts.append(trainer.prepare_batch(3))
+    for name in ("x0", "x1", "t", "label"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
+    assert torch.equal((whole.t * 16).long().sort().values, torch.arange(16))
+
+
+def test_flips_and_label_dropout_have_their_rates(tmp_path, digits):
+    trainer = make(tmp_path, digits, batch_size=4096, random_flip=True, label_dropout=0.25)
+    batch, (data, label) = trainer.prepare_batch(0), trainer.batches(0)
+    plain = trainer.spec.encode(data)
+    flipped, same = (batch.x0 == plain.flip(-1)).flatten(1).all(1), (batch.x0 == plain).flatten(1).all(1)
+    assert (flipped | same).all() and abs((flipped & ~same).float().mean() - 0.5) < 0.05
+    hidden = batch.label == 10
+    assert abs(hidden.float().mean() - 0.25) < 0.03 and torch.equal(batch.label[~hidden], label[~hidden])
+    unconditional = make(tmp_path, digits, run_name="u", class_conditional=False).prepare_batch(0)
+    assert unconditional.label is None
+
+
+def test_accumulation_changes_nothing(tmp_path, digits):
+    runs = [make(tmp_path, digits, run_name=f"a{parts}", accumulation_steps=parts, base_lr=1e-3) for parts in (1, 2, 4)]
+    for trainer in runs:
+        trainer.train()
+    for trainer in runs[1:]:
+        torch.testing.assert_close(weights(trainer), weights(runs[0]), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_going_on_is_bit_equal(tmp_path, digits, stop):
+    """Weights, EMA, optimizer, metrics of a run stopped and taken up are those of one that was not; with dropout, and in the middle of
+    a window of the log."""
+    settings = dict(dropout=0.3, lr_schedule="constant", log_every=5, random_flip=True, accumulation_steps=2, num_training_steps=10)
+    straight = make(tmp_path, digits, run_name="straight", **settings)
+    straight.train()
+    make(tmp_path, digits, run_name="broken", **{**settings, "num_training_steps": stop, "log_every": 100}).train()
+    torch.manual_seed(99)
+    resumed = make(tmp_path, digits, run_name="broken", **settings)
+    assert resumed.step == stop
+    resumed.train()
+    a, b = (saving.load(os.path.join(tmp_path, name, "last.pt")) for name in ("straight", "broken"))
+    for part in ("net", "ema"):
+        x, y = (state[part].get("net", state[part]) for state in (a, b))
+        assert all(torch.equal(x[k], y[k]) for k in x)
+    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
+        assert all(torch.equal(x[k], y[k]) for k in x)
+    assert a["ema"]["num_updates"] == b["ema"]["num_updates"] == a["step"] == 10
+
+
+def test_metrics_window_goes_on(tmp_path, digits):
+    """The mean over the log's window is the same when the run is stopped inside it."""
+    settings = dict(lr_schedule="constant", log_every=4, num_training_steps=4, save_every=1)
+    straight = make(tmp_path, digits, run_name="straight", **settings)
+    straight.train()
+    broken = make(tmp_path, digits, run_name="broken", **settings)
+    broken.save, save = lambda: (save(), (_ for _ in ()).throw(KeyboardInterrupt) if broken.step == 2 else None), broken.save
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    make(tmp_path, digits, run_name="broken", **settings).train()
+    (a,), (b,) = ([line for line in open(tmp_path / name / "metrics.jsonl")] for name in ("straight", "broken"))
+    import json
+
+    a, b = json.loads(a), json.loads(b)
+    a.pop("images_per_second"), b.pop("images_per_second")
+    assert a == b and a["step"] == 4
+
+
+def test_raw_and_ema_weights_come_back_apart(tmp_path, digits):
+    trainer = make(tmp_path, digits)
+    trainer.train()
+    again = make(tmp_path, digits)
+    ema = torch.cat([p.flatten() for p in again.ema.net.parameters()])
+    assert torch.equal(weights(again), weights(trainer)) and not torch.equal(ema, weights(again)) and again.step == 4
+    assert again.learning_rate(again.step) == trainer.learning_rate(4)
+
+
+def test_the_rate_is_set_before_its_step(tmp_path, digits):
+    trainer, used = make(tmp_path, digits, base_lr=1e-3), []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (used.append(trainer.optimizer.param_groups[0]["lr"]), step())
+    trainer.train()
+    assert used == [trainer.learning_rate(s) for s in range(4)] and used[:2] == [5e-4, 1e-3]
+
+
+def test_all_grids_are_drawn_and_their_noise_is_the_same(tmp_path, digits):
+    trainer = make(tmp_path, digits, sample_every=2)
+    trainer.train()
+    names = {f"{w}_{s}_{n:07d}.png" for w in ("raw", "ema") for s in ("heun", "euler_maruyama") for n in (2, 4)}
+    assert set(os.listdir(tmp_path / "digits" / "samples")) == names
+    assert {"real.png", "curves.png", "metrics.jsonl", "config.json", "last.pt"} <= set(os.listdir(tmp_path / "digits"))
+    before = (tmp_path / "digits" / "samples" / "ema_heun_0000004.png").read_bytes()
+    trainer.sample()
+    assert (tmp_path / "digits" / "samples" / "ema_heun_0000004.png").read_bytes() == before
+    assert trainer.net.training
+
+
+def test_real_data_stand_by_class(tmp_path, digits):
+    trainer, shown = make(tmp_path, digits, num_samples=30), []
+    trainer.picture = lambda points: shown.append(points) or __import__("PIL.Image").Image.new("RGB", (8, 8))
+    trainer.show_data()
+    for i, image in enumerate(shown[0]):
+        same = (digits.data == image.numpy()).all(axis=(1, 2, 3))
+        assert i % 10 in digits.labels[same]
+    assert len(np.unique(shown[0].numpy(), axis=0)) > 25
+
+
+def test_overfit_one_batch_learns_it(tmp_path, digits):
+    settings = dict(overfit_one_batch=True, num_training_steps=150, warmup_steps=5, base_lr=5e-3, log_every=50, model_channels=16)
+    trainer = make(tmp_path, digits, **settings)
+    first = trainer.loss(trainer.prepare_batch(0)).mean().item()
+    trainer.train()
+    last = np.mean([trainer.loss(trainer.prepare_batch(s)).mean().item() for s in range(150, 155)])
+    assert torch.equal(trainer.prepare_batch(0).x0, trainer.prepare_batch(9).x0)
+    assert last < 0.5 * first, (first, last)
+
+
+def test_points_and_settings_that_do_not_fit(tmp_path, digits):
+    points = make_dataset(np.random.default_rng(0).normal(5, 3, (100, 2)), None)
+    config = tiny(tmp_path, network="mlp", hidden_dim=16, num_layers=1, class_conditional=False, random_flip=True)
+    trainer = DiffusionTrainer(config, points, CPU)
+    trainer.train()
+    assert os.path.exists(tmp_path / "digits" / "samples" / "ema_heun_0000004.png")
+    with pytest.raises(UserError, match="--network unet"):
+        DiffusionTrainer(dataclasses.replace(config, run_name="x"), digits, CPU)
+    with pytest.raises(UserError, match="hidden_dim"):
+        DiffusionTrainer(dataclasses.replace(config, hidden_dim=32), points, CPU)
+
+
+@pytest.mark.parametrize("changes", [dict(bf16=True), dict(channels_last=False), dict(num_layers=1, network="mlp", dataset="moons")])
+def test_weights_and_moments_stay_float32(tmp_path, digits, changes):
+    data = load_dataset("moons") if "dataset" in changes else digits
+    trainer = make(tmp_path, data, **changes) if data is digits else DiffusionTrainer(tiny(tmp_path, **changes), data, CPU)
+    trainer.train()
+    state = trainer.state()
+    moments = [v for s in state["optimizer"]["state"].values() for v in s.values()]
+    tensors = [*state["net"].values(), *state["ema"]["net"].values(), *moments]
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors)
