@@ -105,6 +105,15 @@ def notice(text: str) -> None:
     print(f"wandb: {text}", file=sys.stderr, flush=True)
 
 
+def run_id(folder: str, new: bool) -> str:
+    """The wandb id kept in <folder>/wandb_id; a new one if there is none, or if `new`."""
+    path = os.path.join(folder, "wandb_id")
+    if new or not os.path.exists(path):
+        write_atomically(path, lambda file: file.write(uuid.uuid4().hex[:8].encode()))
+    with open(path) as file:
+        return file.read()
+
+
 def start_wandb(folder: str, settings: dict, mode: str, project: str, new: bool):
     """A wandb run, or None. Never asks anything: `online` without a key, or without a server within 30 s, becomes offline in one line.
 
@@ -118,13 +127,8 @@ def start_wandb(folder: str, settings: dict, mode: str, project: str, new: bool)
     try:
         import wandb
 
-        path = os.path.join(folder, "wandb_id")
-        if new or not os.path.exists(path):
-            with open(path, "w") as file:
-                file.write(uuid.uuid4().hex[:8])
-        with open(path) as file:
-            arguments = dict(project=project, name=os.path.basename(folder), id=file.read(), resume="allow", dir=folder, config=settings,
-                             settings=wandb.Settings(init_timeout=25))
+        arguments = dict(project=project, name=os.path.basename(folder), id=run_id(folder, new), resume="allow", dir=folder,
+                         config=settings, settings=wandb.Settings(init_timeout=25))
         sys.stdin = open(os.devnull)  # wandb asks for a key only where there is a terminal to ask
         try:
             run, failure = wandb.init(mode=mode, **arguments), None
@@ -132,8 +136,11 @@ def start_wandb(folder: str, settings: dict, mode: str, project: str, new: bool)
             run, failure = None, first_line(error)
         if run is None:
             notice(f"logging offline, since {mode} failed ({failure}); `wandb login` once, or --wandb offline")
-            wandb.teardown()  # it still holds the run's id; and only once the error, which holds the run, is gone
-            run = wandb.init(mode="offline", **arguments)
+            wandb.teardown()  # wandb's own process may still hold the run's id, and then takes only another
+            try:
+                run = wandb.init(mode="offline", **arguments)
+            except Exception:
+                run = wandb.init(mode="offline", **{**arguments, "id": run_id(folder, new=True)})
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         if run.offline:

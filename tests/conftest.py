@@ -19,6 +19,10 @@ from prediction import PREDICTIONS  # noqa: E402
 from processes import PROCESSES  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also train the digits preset whole, for a minute")
+
+
 class Gaussian:
     """Data N(mean, std^2), a number for each coordinate: every prediction is exact. It has the call of a network.
 
