@@ -8,12 +8,12 @@ from ema import EMA
 
 def test_formula_with_warmup():
     net = nn.Linear(2, 1)
-    ema, expected = EMA(net, 0.5), net.weight.detach().clone()
+    ema, expected = EMA(net, 0.9), net.weight.detach().clone()
     for n in range(30):
         with torch.no_grad():
             net.weight.add_(1.0)
         ema.update(net)
-        decay = min(0.5, (1 + n) / (10 + n))
+        decay = min(0.9, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * net.weight.detach()
     torch.testing.assert_close(ema.net.weight, expected)
     assert ema.num_updates == 30 and not ema.net.weight.requires_grad and net.weight.requires_grad
