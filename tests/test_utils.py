@@ -86,7 +86,7 @@ try:
     raise SystemExit("no error")
 except UserError as error:
     assert str(error) == "told once"
-dist.destroy_process_group()
+import os; os._exit(0)  # as main.leave does
 """)
     result = run("python", ROOT / "launch.py", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", script)
     assert result.returncode == 0, result.stderr
