@@ -144,7 +144,7 @@ def problems(c: Config, world_size: int) -> list[str]:
     """Settings out of range, or that contradict each other, one line each with the way out; an empty list if all is well.
 
     `world_size` is the number of processes. What depends on the data or on a formula is checked where it is known
-    (data_utils.load_dataset, prediction.check_times), also before any data is read.
+    (data_utils.load_dataset, sampling.check_times), also before any data is read.
     """
     found = [f"{name} is {value}: expected a finite number" for name, value in vars(c).items()
              if isinstance(value, float) and math.isinf(value)]

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from utils import UserError, choose, first_line, import_torchvision, make_seed, to_uint8, write_atomically
+from utils import Progress, UserError, choose, first_line, import_torchvision, make_seed, to_uint8, write_atomically
 
 CACHE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "cache")  # decoded image folders
 
@@ -172,11 +171,11 @@ def image_folder(data_dir: str, image_size: int) -> Dataset:
     def write(file):
         shape = (len(paths), 3, image_size, image_size)
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc="decoding images", disable=None) as bar:
+        with ThreadPoolExecutor() as pool, Progress("decoding", len(paths), "image") as progress:
             for start in range(0, len(paths), 1024):
                 for image in pool.map(functools.partial(decode_image, size=image_size), paths[start : start + 1024]):
                     file.write(image.tobytes())
-                    bar.update()
+                    progress.update()
 
     if not os.path.exists(cache):
         os.makedirs(CACHE, exist_ok=True)

@@ -22,11 +22,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def fail(message: str):
-    """Ends the program with one line on stderr, of rank 0, and exit status 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(5)  # torchrun ends all processes when one ends: rank 0 speaks first
+    """Ends the program with one line on stderr and exit status 2. What all processes meet, rank 0 alone tells."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
+        time.sleep(5)  # when one process ends, torchrun ends them all: this one speaks only if rank 0 had nothing to say
+        message = f"process {rank}: {message}"
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -169,15 +170,15 @@ def leave(wrong: str | None, device) -> None:
 def main(arguments: list[str]) -> None:
     config = read_config(arguments)
     with set_up(config.device, config.tf32) as device:
-        import prediction
         from data_utils import check_labels, load_dataset
         from processes import PROCESSES
+        from sampling import check_times
         from trainer import DiffusionTrainer
         from utils import choose, print0, rank0_first, world_size
 
         print0(f"{config.run_name} on {world_size()} x {device.type}: {in_short(config)}")
         process = choose(PROCESSES, config.process, **dataclasses.asdict(config))
-        prediction.check_times(process, config.model_type, config.target_type, config.T_min, config.T_max)
+        check_times(process, config.model_type, config.target_type, config.sde_diffusion, config.T_min, config.T_max)
         if config.class_conditional:
             check_labels(config.dataset)
         dataset = rank0_first(lambda first: load_dataset(config.dataset, config.data_dir, config.image_size, download=first))

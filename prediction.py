@@ -6,14 +6,14 @@ Every kind is a row (p, q): its target is y = p x0 + q x1. With xt = alpha x0 + 
 
 so one inversion turns any kind into any other, and training targets and conversions share one table. The same holds for the
 expectations given xt, which is what a trained network outputs. To add a kind, add a row to PREDICTIONS.
-(v: Salimans & Ho 2022, "Progressive Distillation", appendix D. Score: Song et al. 2021, eq. 6 with the Gaussian transition.)
+(v: Salimans & Ho 2022, "Progressive Distillation", appendix D. Score: Song et al. 2021, eq. 7 with the Gaussian transition.)
 """
 
 import torch
 from torch import Tensor
 
-from processes import Coefs, Process
-from utils import UserError, choose
+from processes import Coefs
+from utils import choose
 
 PREDICTIONS = {
     "x0": lambda c: (torch.ones_like(c.alpha), torch.zeros_like(c.alpha)),
@@ -37,22 +37,10 @@ def convert(y: Tensor, xt: Tensor, c: Coefs, kind: str, to: str) -> Tensor:
     """A prediction `y` of one kind at `xt`, both (B, ...), as the kind `to`. The same kind returns `y` itself.
 
     Raises UserError for an unknown kind. Where `kind` says nothing about `to` (D = 0, such as x0 at sigma = 0), the result is
-    not finite: `check_times` finds such settings.
+    not finite: `sampling.check_times` finds such settings.
     """
     if kind == to:
         return y
     (p, q), (p_to, q_to) = choose(PREDICTIONS, kind, c=c), choose(PREDICTIONS, to, c=c)
     on_xt, on_y = p_to * q - q_to * p, c.alpha * q_to - c.sigma * p_to
     return (on_xt * xt + on_y * y) / (c.alpha * q - c.sigma * p)
-
-
-def check_times(process: Process, model_type: str, target_type: str, T_min: float, T_max: float) -> None:
-    """Raises UserError if the target, or a conversion that training or sampling needs, is not finite at T_min or T_max."""
-    for name, time, fix in (("T_min", T_min, "--T_min 1e-4"), ("T_max", T_max, "--T_max 0.9999")):
-        c = process.coefs(torch.tensor([time]), ndim=2)
-        one = torch.ones(1, 1)
-        values = {target_type: target(target_type, c, one, one)}
-        values |= {kind: convert(one, 2 * one, c, model_type, kind) for kind in (target_type, "velocity")}
-        for kind, value in values.items():
-            if not value.isfinite().all():
-                raise UserError(f"{name} {time}: {kind} from a network that predicts {model_type} is not finite there; use {fix}")

@@ -15,9 +15,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from prediction import convert
+from prediction import convert, target
 from processes import Process
-from utils import choose, row_noise
+from utils import UserError, choose, row_noise
 
 DIFFUSIONS = {
     "delta": lambda process, t: process.delta(t),
@@ -63,6 +63,24 @@ class Field:
 def uniform_grid(n: int, T_min: float, T_max: float) -> list[float]:
     """The n + 1 times of n equal steps from T_max down to T_min; both ends are exact."""
     return [T_max + (T_min - T_max) * i / n for i in range(n)] + [T_min]
+
+
+def check_times(process: Process, model_type: str, target_type: str, sde_diffusion: str, T_min: float, T_max: float) -> None:
+    """Raises UserError if what training or sampling computes from a network's output is not finite at T_min or T_max."""
+    one = torch.ones(1, 1)
+    field = Field(lambda x, t, label: one, process, model_type, sde_diffusion=sde_diffusion)
+    for name, time, fix in (("T_min", T_min, "--T_min 1e-4"), ("T_max", T_max, "--T_max 0.9999")):
+        c = process.coefs(torch.tensor([time]), ndim=2)
+        values = {
+            f"the target {target_type}": target(target_type, c, one, one),
+            f"{target_type} from a network that predicts {model_type}": convert(one, 2 * one, c, model_type, target_type),
+            f"the velocity from a network that predicts {model_type}": field.velocity(2 * one, time),
+        }
+        if name == "T_max":  # the SDE does not come to T_min, its last step is the ODE's
+            values[f"the SDE with sde_diffusion {sde_diffusion}"] = sum(field.reverse_sde(2 * one, time))
+        for what, value in values.items():
+            if not value.isfinite().all():
+                raise UserError(f"{name} {time}: {what} is not finite there; use {fix}")
 
 
 @torch.no_grad()

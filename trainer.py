@@ -12,6 +12,7 @@ import os
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -29,7 +30,21 @@ from processes import PROCESSES, Process
 from sampling import draw
 from time_samplers import TIME_SAMPLERS
 from unet import UNet
-from utils import UserError, append_dims, choose, gather_rows, make_seed, mean_flat, on_rank0, print0, rank, row_noise, share, world_size
+from utils import (
+    Progress,
+    UserError,
+    append_dims,
+    choose,
+    gather_rows,
+    make_seed,
+    mean_flat,
+    on_rank0,
+    print0,
+    rank,
+    row_noise,
+    share,
+    world_size,
+)
 
 NETWORKS = {"unet": UNet, "mlp": MLP}
 
@@ -52,6 +67,8 @@ def build(config: Config, spec: DataSpec, device: torch.device) -> tuple[Process
     """The process and the network, with weights from the seed, on `device`. Raises UserError if the settings do not fit the data."""
     settings = dataclasses.asdict(config)
     num_classes = spec.num_classes if config.class_conditional else 0
+    if config.class_conditional and not num_classes:
+        raise UserError(f"class_conditional is set, but {config.dataset} has no labels: use --class_conditional False")
     torch.manual_seed(make_seed(config.seed, "weights"))
     try:
         net = choose(NETWORKS, config.network, **settings, data_shape=spec.shape, num_classes=num_classes)
@@ -247,13 +264,14 @@ class DiffusionTrainer:
 
     def show_data(self) -> None:
         """Saves a picture of real data, to lay beside the samples; images by class, as in the grids."""
-        few, number = 0 < self.spec.num_classes <= 16, self.config.num_samples
-        indices = range(number)
-        if few:
-            of_class = [(self.dataset.labels == k).nonzero()[0] for k in range(self.spec.num_classes)]
-            indices = [of_class[i % len(of_class)][i // len(of_class) % len(of_class[i % len(of_class)])] for i in range(number)]
-        data = torch.from_numpy(self.dataset.data[[i % len(self.dataset.data) for i in indices]])
-        self.logger.picture(self.step, "real", self.picture(data), "real.png")
+        data, classes = self.dataset.data, self.spec.num_classes
+        by_class = [np.arange(len(data))]
+        if 0 < classes <= 16:
+            by_class = [np.flatnonzero(self.dataset.labels == k) for k in range(classes)]
+        blank = np.zeros(self.spec.shape, data.dtype)  # for a label that no item has
+        shown = [(by_class[i % len(by_class)], i // len(by_class)) for i in range(self.config.num_samples)]
+        images = np.stack([data[of[n % len(of)]] if len(of) else blank for of, n in shown])
+        self.logger.picture(self.step, "real", self.picture(torch.from_numpy(images)), "real.png")
 
     def sample(self) -> None:
         """Grids by the ODE and the SDE sampler, of raw and EMA weights; the same noise and labels in every grid of a run.
@@ -315,6 +333,7 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
     """
 
     def network(xt, t, label):
+        progress.update()
         if spec.is_image and config.channels_last:
             xt = xt.contiguous(memory_format=torch.channels_last)
         with autocast(config, device):
@@ -326,6 +345,9 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
         model_type=config.model_type, sampler=sampler, sampling_steps=config.sampling_steps, T_min=config.T_min, T_max=config.T_max,
         labels=labels, guidance_scale=config.guidance_scale, sde_diffusion=config.sde_diffusion, batch_size=config.sampling_batch_size,
     )
-    decoded = [spec.decode(batch).cpu() for batch in batches]
-    empty = torch.empty(0, *spec.shape, dtype=torch.uint8 if spec.is_image else torch.float32)
-    return gather_rows(torch.cat([empty, *decoded]))
+    decoded = [torch.empty(0, *spec.shape, dtype=torch.uint8 if spec.is_image else torch.float32)]
+    with Progress(f"{sampler}: 0 of {len(mine)} samples", unit="network call") as progress:
+        for batch in batches:
+            decoded.append(spec.decode(batch).cpu())
+            progress.update(0, f"{sampler}: {sum(map(len, decoded))} of {len(mine)} samples")
+    return gather_rows(torch.cat(decoded))

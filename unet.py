@@ -130,6 +130,10 @@ class UNet(nn.Module):
         if H % halvings or W % halvings:
             raise ValueError(f"unet halves {H} x {W} images {len(channel_mults) - 1} times: use fewer --channel_mults, or sides "
                              f"divisible by {halvings}")
+        sides = [H // 2**level for level in range(len(channel_mults))]
+        if not set(attention_resolutions) <= set(sides):
+            raise ValueError(f"attention_resolutions {' '.join(map(str, attention_resolutions))}: unet has {H} x {W} images at heights "
+                             f"{' '.join(map(str, sides))}: choose among these (no number after --attention_resolutions: none)")
         emb_dim = 4 * model_channels
         self.conditioning = Conditioning(2 * (model_channels // 2), emb_dim, num_classes)
 

@@ -7,11 +7,13 @@ Randomness. `make_seed` mixes any numbers and words into one seed, and `row_nois
 import inspect
 import os
 import sys
+import time
 import zlib
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 NOISE_BLOCK = 16  # Rows that share one generator in `row_noise`: few launches, little drawn in vain.
 
@@ -87,6 +89,31 @@ def rank0_first(work):
     mine = []
     on_rank0(lambda: mine.append(work(True)))
     return mine[0] if mine else work(False)
+
+
+class Progress:
+    """How far long work has come, on rank 0: a bar on a terminal, a line every 30 seconds in a log file. Used in a `with`."""
+
+    def __init__(self, what: str, total: int | None = None, unit: str = "step"):
+        self.bar = tqdm(desc=what, total=total, unit=unit, leave=False, dynamic_ncols=True, disable=None if rank() == 0 else True)
+        self.what, self.total, self.unit, self.n, self.told = what, total, unit, 0, time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+
+    def update(self, n: int = 1, what: str | None = None) -> None:
+        """n more are done; `what` is a new text before the numbers."""
+        self.n += n
+        self.bar.update(n)
+        if what is not None:
+            self.what = what
+            self.bar.set_description(what, refresh=False)
+        if self.bar.disable and time.monotonic() - self.told > 30:
+            print0(f"{self.what}: {self.n}{f' of {self.total}' if self.total else ''} {self.unit}s")
+            self.told = time.monotonic()
 
 
 # ---- Choices

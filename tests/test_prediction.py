@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import Gaussian
 
-from prediction import PREDICTIONS, check_times, convert, target
+from prediction import PREDICTIONS, convert, target
 from processes import PROCESSES
 from utils import UserError
 
@@ -70,14 +70,3 @@ def test_unknown_kind_lists_the_known():
     c = PROCESSES["rf"]().coefs(torch.rand(2), 2)
     with pytest.raises(UserError, match="'velocty' is not known here: expected one of x0, x1, score, velocity, v"):
         target("velocty", c, torch.zeros(2, 1), torch.zeros(2, 1))
-
-
-def test_check_times(process):
-    for kind in KINDS:
-        for to in KINDS:
-            check_times(process, kind, to, 1e-4, 0.9999)
-    with pytest.raises(UserError, match="T_min 0.*--T_min 1e-4"):
-        check_times(process, "velocity", "score", 0.0, 0.9999)
-    with pytest.raises(UserError, match="T_max 1.*--T_max 0.9999"):
-        check_times(PROCESSES["rf"](), "x1", "x1", 1e-4, 1.0)
-    check_times(PROCESSES["rf"](), "velocity", "velocity", 0.0, 1.0)

@@ -8,7 +8,7 @@ from conftest import Gaussian
 
 from prediction import PREDICTIONS
 from processes import PROCESSES
-from sampling import DIFFUSIONS, SAMPLERS, Field, draw, euler, euler_maruyama, heun, uniform_grid
+from sampling import DIFFUSIONS, SAMPLERS, Field, check_times, draw, euler, euler_maruyama, heun, uniform_grid
 from utils import UserError
 
 SETTINGS = dict(model_type="velocity", sampling_steps=4, T_min=1e-3, T_max=0.999)
@@ -134,3 +134,18 @@ def test_labels_go_with_their_rows():
 def test_unknown_sampler():
     with pytest.raises(UserError, match="euler, heun, euler_maruyama"):
         list(draw(None, PROCESSES["rf"](), rows=range(2), shape=(1,), device="cpu", seed=0, sampler="dopri", **SETTINGS))
+
+
+def test_check_times(process):
+    for kind in PREDICTIONS:
+        for to in PREDICTIONS:
+            for diffusion in DIFFUSIONS:
+                check_times(process, kind, to, diffusion, 1e-4, 0.9999)
+    with pytest.raises(UserError, match="T_min 0.*--T_min 1e-4"):
+        check_times(process, "velocity", "score", "sigma", 0.0, 0.9999)
+    rf = PROCESSES["rf"]()
+    with pytest.raises(UserError, match="T_max 1.*velocity.*predicts x1.*--T_max 0.9999"):
+        check_times(rf, "x1", "x1", "sigma", 1e-4, 1.0)
+    with pytest.raises(UserError, match="T_max 1.*sde_diffusion delta.*--T_max 0.9999"):
+        check_times(rf, "velocity", "velocity", "delta", 0.0, 1.0)
+    check_times(rf, "velocity", "velocity", "sigma", 0.0, 1.0)

@@ -21,7 +21,7 @@ def randomized(net):
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 8), (3, 12, 12)])
 def test_output_has_the_shape_of_the_input(shape):
-    net = UNet(shape, **SMALL)
+    net = UNet(shape, **{**SMALL, "attention_resolutions": (shape[1] // 2,)})
     x = torch.randn(2, *shape)
     assert net(x, torch.rand(2)).shape == x.shape
     assert torch.equal(net(x, torch.rand(2)), torch.zeros_like(x))  # the last layer starts at zero
@@ -71,6 +71,8 @@ def test_the_default_is_the_network_of_ddpm():
 def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="halves 9 x 8 images 1 times"):
         UNet((1, 9, 8), **SMALL)
+    with pytest.raises(ValueError, match="attention_resolutions 4 5: .* at heights 8 4:"):
+        UNet((1, 8, 8), **{**SMALL, "attention_resolutions": (4, 5)})
     with pytest.raises(ValueError, match="--network mlp"):
         UNet((2,), **SMALL)
 
