@@ -53,12 +53,16 @@ def main(arguments: list[str]) -> None:
     for name in ("num", "batch_size", "sampling_steps"):
         if getattr(options, name) is not None and getattr(options, name) <= 0:
             fail(f"{name} is {getattr(options, name)}: expected more than 0")
+    folder = os.path.dirname(options.out) or "."
+    if not options.out.endswith(".npz") or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        fail(f"out is {options.out!r}: expected a FILE.npz in a folder that is there and can be written")
     with set_up(options.device) as device:
         import numpy as np
 
         import saving
         from data_utils import DataSpec
         from logging_utils import image_grid, scatter_plot
+        from sampling import check_times
         from trainer import build, draw_all
         from utils import UserError, on_rank0, print0, write_atomically
 
@@ -77,6 +81,7 @@ def main(arguments: list[str]) -> None:
         labels = read_labels(options.labels, options.num, spec.num_classes) if config.class_conditional else None
 
         process, net = build(config, spec, device)
+        check_times(process, config.model_type, config.target_type, config.sde_diffusion, config.T_min, config.T_max)
         saving.restore(net, state["ema"]["net"] if options.weights == "ema" else state["net"], options.ckpt)
         samples = draw_all(config, spec, process, net.eval(), device, rows=range(options.num), labels=labels, sampler=config.sampler)
 

@@ -78,7 +78,8 @@ def test_one_line_errors(checkpoints, tmp_path):
         (["--ckpt", points, "--guidance_scale", "2"], ["--guidance_scale 1"]),
         (["--ckpt", digits, "--sampler", "dopri"], ["euler_maruyama"]),
         (["--ckpt", digits, "--num", "0"], ["num is 0"]),
-        (["--ckpt", digits, "--num", "2", "--out", tmp_path / "no" / "x.npz"], ["cannot write"]),
+        (["--ckpt", digits, "--num", "2", "--out", tmp_path / "no" / "x.npz"], ["a folder that is there"]),
+        (["--ckpt", digits, "--num", "2", "--out", tmp_path / "x.png"], ["expected a FILE.npz"]),
         ([], ["--ckpt"]),
     ]:
         assert_one_line_error(run("python", "sample.py", *arguments), *words)

@@ -177,6 +177,18 @@ def test_real_data_stand_by_class(tmp_path, digits):
     assert len(np.unique(shown[0].numpy(), axis=0)) > 25
 
 
+def test_a_label_that_no_item_has_and_no_labels_at_all(tmp_path, digits):
+    """Labels 0 and 2 only: the place of label 1 among the real data stays blank."""
+    images = np.full((4, 1, 8, 8), 100, np.uint8)
+    trainer = make(tmp_path, make_dataset(images, np.array([0, 2, 0, 2])), num_samples=6)
+    shown = []
+    trainer.picture = lambda points: shown.append(points) or __import__("PIL.Image").Image.new("RGB", (8, 8))
+    trainer.show_data()
+    assert shown[0].amax((1, 2, 3)).tolist() == [100, 0, 100, 100, 0, 100]
+    with pytest.raises(UserError, match="has no labels"):
+        make(tmp_path, make_dataset(images, None), run_name="unlabelled")
+
+
 def test_overfit_one_batch_learns_it(tmp_path, digits):
     settings = dict(overfit_one_batch=True, num_training_steps=150, warmup_steps=5, base_lr=5e-3, log_every=50, model_channels=16)
     trainer = make(tmp_path, digits, **settings)

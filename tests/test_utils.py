@@ -1,6 +1,7 @@
 """Helpers: choosing by name, shapes, pixel ranges, seeds and noise by row, shares of rows, torchvision's import, whole files."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -119,3 +120,17 @@ def test_print0(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     utils.print0("loud")
     assert capsys.readouterr().out == "loud\n"
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
+    with utils.Progress("decoding", 100, "image") as progress:
+        for n, now[0] in ((1, 10.0), (2, 40.0), (3, 50.0)):
+            progress.update(n)
+    assert capsys.readouterr().out == "decoding: 3 of 100 images\n"
+    monkeypatch.undo()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with utils.Progress("decoding", 100, "image") as progress:
+        progress.update(30, "still decoding")
+        assert progress.bar.n == 30 and "still decoding:  30%" in str(progress.bar)
