@@ -8,8 +8,12 @@ import logging
 import signal
 import sys
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
+try:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+except ModuleNotFoundError as error:
+    print(f"error: {error}: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     script = next((i for i, word in enumerate(sys.argv) if i > 0 and word.endswith(".py")), len(sys.argv))

@@ -13,6 +13,7 @@ import difflib
 import io
 import os
 import sys
+import textwrap
 import time
 from typing import Literal, Union
 
@@ -48,7 +49,10 @@ def parse(cls: type, arguments: list[str], default=None, description: str | None
 
     `choices` maps a field to the (file, dictionary) whose keys are its allowed values, with other types that are allowed.
     """
-    import tyro
+    try:
+        import tyro
+    except ModuleNotFoundError as error:
+        fail(f"{error}: pip install -r requirements.txt")
 
     for field in dataclasses.fields(cls):
         if field.name in (choices or {}):
@@ -98,9 +102,10 @@ def read_config(arguments: list[str]) -> Config:
 
 
 def in_short(config: Config) -> str:
-    """The settings that differ from the defaults, in one line."""
+    """The settings that differ from the defaults."""
     changed = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
-    return "  ".join(f"{name}={value}" for name, value in changed.items()) or "all settings at their defaults"
+    text = ", ".join(f"{name} {value}" for name, value in changed.items()) or "all settings at their defaults"
+    return textwrap.fill(text, width=120, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 # ---- Devices and processes
@@ -176,7 +181,7 @@ def main(arguments: list[str]) -> None:
         from trainer import DiffusionTrainer
         from utils import choose, print0, rank0_first, world_size
 
-        print0(f"{config.run_name} on {world_size()} x {device.type}: {in_short(config)}")
+        print0(f"{config.run_name} on {world_size()} x {device.type}\n{in_short(config)}")
         process = choose(PROCESSES, config.process, **dataclasses.asdict(config))
         check_times(process, config.model_type, config.target_type, config.sde_diffusion, config.T_min, config.T_max)
         if config.class_conditional:

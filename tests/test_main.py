@@ -23,7 +23,7 @@ def test_presets_and_flags():
     expected = dict(PRESETS["digits"], weight_decay=0.1, base_lr=3e-4, channel_mults=(1, 2, 2), bf16=True, T_min=0.01)
     assert config == Config(**expected)
     assert main.read_config(["moons", "--dataset", "some/file.npz"]).dataset == "some/file.npz"
-    assert "base_lr=0.0003" in main.in_short(config) and "seed" not in main.in_short(config)
+    assert "base_lr 0.0003, " in main.in_short(config) and "seed" not in main.in_short(config)
 
 
 def test_help_shows_settings_defaults_comments_and_names_and_is_quick():
