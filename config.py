@@ -132,7 +132,8 @@ CHOICES = {
     "sde_diffusion": ("sampling.py", "DIFFUSIONS"),
 }
 
-# Settings that may differ when a run goes on: they change how it is run and watched, not what it computes.
+# Settings that may differ when a run goes on: they change how it is run and watched, and what it computes by no more than rounding
+# (device, bf16, ...) or the draws of dropout (accumulation_steps).
 MAY_CHANGE = {
     "ckpt_dir", "data_dir", "accumulation_steps", "num_training_steps", "sampler", "sde_sampler", "sde_diffusion", "sampling_steps",
     "guidance_scale", "num_samples", "sampling_batch_size", "log_every", "sample_every", "save_every", "wandb", "wandb_project", "device",
@@ -147,7 +148,7 @@ def problems(c: Config, world_size: int) -> list[str]:
     (data_utils.load_dataset, sampling.check_times), also before any data is read.
     """
     found = [f"{name} is {value}: expected a finite number" for name, value in vars(c).items()
-             if isinstance(value, float) and math.isinf(value)]
+             if isinstance(value, float) and not math.isfinite(value)]
     positive = ("batch_size", "accumulation_steps", "num_training_steps", "base_lr", "sampling_steps", "num_samples", "log_every",
                 "sampling_batch_size", "image_size", "model_channels", "num_res_blocks", "hidden_dim", "num_layers", "logit_normal_scale")
     for name in positive:
@@ -156,6 +157,10 @@ def problems(c: Config, world_size: int) -> list[str]:
     for name in ("seed", "warmup_steps", "weight_decay", "grad_clip_norm", "sample_every", "save_every", "min_lr"):
         if not getattr(c, name) >= 0:
             found.append(f"{name} is {getattr(c, name)}: expected 0 or more")
+    if c.seed >= 2**32:
+        found.append(f"seed is {c.seed}: expected less than 2^32")
+    if c.model_channels == 1:
+        found.append("model_channels is 1: expected 2 or more, or the network cannot see the time")
     for name in ("dropout", "label_dropout", "ema_decay"):
         if not 0 <= getattr(c, name) < 1:
             found.append(f"{name} is {getattr(c, name)}: expected a number in [0, 1)")
@@ -164,8 +169,8 @@ def problems(c: Config, world_size: int) -> list[str]:
 
     parts = world_size * c.accumulation_steps
     if c.batch_size % parts:
-        found.append(f"batch_size {c.batch_size} is not divisible by {world_size} processes x {c.accumulation_steps} accumulation_steps: "
-                     f"use --batch_size {-(-c.batch_size // parts) * parts}, or other accumulation_steps")
+        found.append(f"batch_size {c.batch_size} is not divisible by {parts}: processes ({world_size}) x accumulation_steps "
+                     f"({c.accumulation_steps}); use --batch_size {-(-c.batch_size // parts) * parts}, or other accumulation_steps")
     if c.warmup_steps > c.num_training_steps:
         found.append(f"warmup_steps {c.warmup_steps} is longer than the training of {c.num_training_steps} steps: "
                      f"use --warmup_steps {c.num_training_steps // 10}, or more --num_training_steps")
@@ -183,4 +188,7 @@ def problems(c: Config, world_size: int) -> list[str]:
         found.append(f"channel_mults {c.channel_mults}: expected one positive number for each resolution, such as 1 2 2")
     if not c.run_name or "/" in c.run_name or c.run_name.startswith("."):
         found.append(f"run_name {c.run_name!r}: expected the name of a folder, without '/' and not starting with '.'")
+    for name in ("ckpt_dir", "data_dir"):
+        if not getattr(c, name):
+            found.append(f"{name} is empty: expected a folder, such as --{name} {getattr(Config(), name)}")
     return found

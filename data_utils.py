@@ -26,6 +26,12 @@ from utils import Progress, UserError, choose, first_line, import_torchvision, m
 CACHE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "cache")  # decoded image folders
 
 
+@functools.lru_cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The values as float32 on the device, copied there once: each copy would wait for a GPU."""
+    return torch.tensor(values, device=device)
+
+
 @dataclass
 class DataSpec:
     """Shape of one item, number of classes (0: no labels), and the scale: `mean` and `std`, of one number or of D numbers."""
@@ -41,13 +47,14 @@ class DataSpec:
 
     def encode(self, data: Tensor) -> Tensor:
         """Data (B, ...) as they are stored -> float32 on the network's scale."""
-        return (data.float() - data.new_tensor(self.mean, dtype=torch.float32)) / data.new_tensor(self.std, dtype=torch.float32)
+        mean, std = constant(tuple(self.mean), data.device), constant(tuple(self.std), data.device)
+        return (data.float() - mean) / std
 
     def decode(self, x: Tensor) -> Tensor:
         """Samples (B, ...) on the network's scale -> uint8 images or float32 vectors in the data's own units."""
         if self.is_image:
             return to_uint8(x, self.mean[0], self.std[0])
-        return x.float() * x.new_tensor(self.std) + x.new_tensor(self.mean)
+        return x.float() * constant(tuple(self.std), x.device) + constant(tuple(self.mean), x.device)
 
 
 @dataclass
@@ -145,12 +152,18 @@ def checkerboard() -> Dataset:
 
 
 def decode_image(path: str, size: int) -> np.ndarray:
-    """The image as (3, size, size) uint8, resized so that it covers the square, and cropped in the middle."""
+    """The image as (3, size, size) uint8, on white where it is transparent, resized to cover the square, and cropped in the middle."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
+                image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
             return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a readable image ({first_line(error)}): mend or remove it") from error
@@ -161,10 +174,13 @@ def image_folder(data_dir: str, image_size: int) -> Dataset:
     try:
         folder = import_torchvision().datasets.ImageFolder(data_dir)
     except OSError as error:
-        raise UserError(f"{data_dir} is no folder of class folders of images ({first_line(error)}): expected "
-                        "DATA_DIR/CLASS/IMAGE.jpg (or .png, ...); set --data_dir") from error
+        raise UserError(f"{data_dir} is no folder of class folders of images: expected DATA_DIR/CLASS/IMAGE.jpg (or .png, ...) in each, "
+                        f"but {first_line(error)}; set --data_dir") from error
     paths, labels = [path for path, _ in folder.samples], [label for _, label in folder.samples]
-    listing = "\n".join(f"{path} {(stat := os.stat(path)).st_size} {stat.st_mtime_ns}" for path in paths)
+    try:
+        listing = "\n".join(f"{path} {(stat := os.stat(path)).st_size} {stat.st_mtime_ns}" for path in paths)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it") from error
     prefix = os.path.join(CACHE, f"{hashlib.sha256(os.path.abspath(data_dir).encode()).hexdigest()[:12]}-{image_size}-")
     cache = f"{prefix}{hashlib.sha256(listing.encode()).hexdigest()[:12]}.npy"
 
@@ -191,26 +207,38 @@ def from_array_file(path: str) -> Dataset:
         file = np.load(path, allow_pickle=False)
         arrays = {name: file[name] for name in file.files} if hasattr(file, "files") else {"arr_0": file}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)}): expected a .npz or .npy file of numbers, "
-                        "as numpy.savez writes it") from error
+        why = getattr(error, "strerror", None) or "it holds something else, or is damaged"
+        raise UserError(f"cannot read {path} ({why}): expected a .npz or .npy file of numbers, as numpy.savez writes it") from error
     data, labels = arrays.get("arr_0"), arrays.get("arr_1")
-    if data is None:
+    if not isinstance(data, np.ndarray):
         raise UserError(f"{path} has no array arr_0, only {', '.join(arrays) or 'nothing'}: write it as numpy.savez(path, data, labels)")
     if data.ndim == 3 and data.dtype == np.uint8:
         data = data[:, None]
     elif data.ndim == 4 and data.dtype == np.uint8 and data.shape[3] in (1, 3, 4):
         data = np.ascontiguousarray(data.transpose(0, 3, 1, 2))
     is_images = data.ndim == 4 and data.dtype == np.uint8 and data.shape[1] in (1, 3, 4)
-    is_vectors = data.ndim == 2 and np.issubdtype(data.dtype, np.number) and not np.issubdtype(data.dtype, np.complexfloating)
+    is_vectors = data.ndim == 2 and data.dtype.kind in "iuf"
     if not (is_images or is_vectors) or 0 in data.shape:
         raise UserError(f"{path} holds {data.dtype} of shape {data.shape}: expected vectors (N, D) or uint8 images (N, H, W), (N, H, W, C) "
                         "or (N, C, H, W) with C 1, 3 or 4")
-    if is_vectors and not np.isfinite(data).all():
-        raise UserError(f"{path} holds values that are not finite: expected finite numbers; remove these rows")
-    if labels is not None and not (labels.shape == data.shape[:1] and np.issubdtype(labels.dtype, np.integer) and labels.min() >= 0):
-        raise UserError(f"{path}: labels arr_1 are {labels.dtype} of shape {labels.shape}: expected whole numbers from 0, "
-                        f"of shape {data.shape[:1]}")
+    if is_vectors:
+        with np.errstate(over="ignore"):
+            data = data.astype(np.float32)
+        if not np.isfinite(data).all():
+            raise UserError(f"{path} holds values that are not finite in float32: expected finite numbers; remove or scale these rows")
+    if labels is not None:
+        check_label_array(path, labels, len(data))
     return make_dataset(data, labels)
+
+
+def check_label_array(path: str, labels, n: int) -> None:
+    """Raises UserError if `labels` are no class numbers of n items."""
+    if not isinstance(labels, np.ndarray) or labels.shape != (n,) or labels.dtype.kind not in "iu":
+        found = f"{labels.dtype} of shape {labels.shape}" if isinstance(labels, np.ndarray) else "no array"
+        raise UserError(f"{path}: labels arr_1 are {found}: expected whole numbers of shape ({n},)")
+    if labels.min() < 0 or labels.max() >= max(n, 10_000):
+        raise UserError(f"{path}: labels arr_1 run from {labels.min()} to {labels.max()}: expected the numbers of the classes, from 0; "
+                        "number them anew")
 
 
 DATASETS = {
@@ -233,7 +261,8 @@ def check_labels(name: str) -> None:
     """Raises UserError if this data set has no labels, from its name or its file's table of contents, before data are read."""
     has_labels = not name.endswith(".npy")
     if name.endswith(".npz") and zipfile.is_zipfile(name):  # if it is none, loading it tells why
-        has_labels = "arr_1.npy" in zipfile.ZipFile(name).namelist()
+        names = zipfile.ZipFile(name).namelist()
+        has_labels = "arr_1.npy" in names or "arr_0.npy" not in names
     if not has_labels:
         raise UserError(f"class_conditional is set, but {name} has no labels: use --class_conditional False, or add labels as arr_1 of "
                         "a .npz file")

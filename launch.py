@@ -9,6 +9,7 @@ import signal
 import sys
 
 try:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 except ModuleNotFoundError as error:
@@ -18,9 +19,14 @@ except ModuleNotFoundError as error:
 if __name__ == "__main__":
     script = next((i for i, word in enumerate(sys.argv) if i > 0 and word.endswith(".py")), len(sys.argv))
     sys.argv.insert(script, "--")  # or torchrun takes the script's --num for the beginning of one of its own options
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    for name, level in (("multiprocessing", logging.CRITICAL), ("agent.server", logging.ERROR)):
+        logging.getLogger(f"torch.distributed.elastic.{name}.api").setLevel(level)
     try:
         main()
+    except SignalException as stop:
+        if stop.sigval != signal.SIGINT:  # the processes themselves tell of Ctrl-C
+            print(f"error: stopped by {stop.sigval.name}; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + stop.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:

@@ -119,10 +119,14 @@ def start_wandb(folder: str, settings: dict, mode: str, project: str, new: bool)
 
     The run's id is kept in <folder>/wandb_id, so that a run that goes on is the same run on wandb.
     """
+    asked = os.environ.get("WANDB_MODE") or mode
+    if asked in ("online", "offline", "disabled"):
+        mode = asked
+    else:
+        notice(f"WANDB_MODE {asked!r} is not known: expected online, offline or disabled; taking {mode}")
     if mode == "disabled":
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
-    mode = os.environ.get("WANDB_MODE", mode)
     stdin = sys.stdin
     try:
         import wandb
@@ -179,7 +183,7 @@ def scatter_plot(samples, data):
         axes.scatter(points[:, 0], points[:, -1], s=3, alpha=0.5, linewidths=0)
         axes.set(title=title, aspect="equal")
     low, high = np.quantile(np.asarray(data)[:, [0, -1]], [0.001, 0.999], axis=0)  # so that a stray sample does not set the scale
-    margin = 0.25 * (high - low).max()
+    margin = 0.25 * (high - low).max() or 1.0
     panels[0].set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)

@@ -9,9 +9,11 @@ import ast
 import atexit
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import io
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -22,14 +24,14 @@ from config import CHOICES, PRESETS, Config, problems
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def fail(message: str):
-    """Ends the program with one line on stderr and exit status 2. What all processes meet, rank 0 alone tells."""
+def fail(message: str, status: int = 2):
+    """Ends the program with one line on stderr and this exit status. What all processes meet, rank 0 alone tells."""
     rank = int(os.environ.get("RANK", 0))
     if rank > 0:
         time.sleep(5)  # when one process ends, torchrun ends them all: this one speaks only if rank 0 had nothing to say
         message = f"process {rank}: {message}"
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(status)
 
 
 # ---- The command line
@@ -57,7 +59,11 @@ def parse(cls: type, arguments: list[str], default=None, description: str | None
     for field in dataclasses.fields(cls):
         if field.name in (choices or {}):
             file, table, *others = choices[field.name]
-            field.type = cls.__annotations__[field.name] = Union[(Literal[names_in(file, table)], *others)]
+            none = [type(None)] if field.default is None else []
+            field.type = cls.__annotations__[field.name] = Union[(Literal[names_in(file, table)], *others, *none)]
+    if "--" in arguments:
+        fail("'--' is no setting: expected --setting value")
+    arguments = [{"true": "True", "false": "False"}.get(word, word) for word in arguments]
     quiet = int(os.environ.get("RANK", 0)) > 0
     said = io.StringIO()
     try:
@@ -67,7 +73,7 @@ def parse(cls: type, arguments: list[str], default=None, description: str | None
     except SystemExit as end:
         if end.code in (0, None):
             raise
-    box = [line.strip("│╭╮╰╯ ").strip() for line in said.getvalue().splitlines()]
+    box = [line.strip("│╭╮╰╯ ").strip() for line in said.getvalue().splitlines() if line.startswith(("│", "╭", "╰"))]
     end = next((i for i, line in enumerate(box) if line.startswith("──")), len(box))
     box = box[1:end]  # the rest points to --help
     known = ["--" + field.name for field in dataclasses.fields(cls)]
@@ -78,8 +84,9 @@ def parse(cls: type, arguments: list[str], default=None, description: str | None
         fail(f"{unknown[0]} is no setting{f'; did you mean {close[0]}?' if close else ':'} allowed are {' '.join(known)}")
     for field in dataclasses.fields(cls):
         if f"--{field.name.replace('_', '-')}:" in " ".join(box):
+            many = str(field.type).startswith("tuple")
             expected = field.type.__name__ if isinstance(field.type, type) else field.type
-            box.append(f"(expected {expected})")
+            box.append("(expected whole numbers with spaces between)" if many else f"(expected {expected})")
     fail(" ".join(box).rstrip(".") + "; `--help` lists all settings")
 
 
@@ -90,6 +97,9 @@ def read_config(arguments: list[str]) -> Config:
         preset, *arguments = arguments
     if preset not in PRESETS:
         fail(f"{preset!r} is no preset: expected one of {', '.join(PRESETS)}, and then --setting value")
+    for word in arguments:
+        if word.startswith("--") and word[2:] in PRESETS:
+            fail(f"{word} is no setting: the preset is the first word, without dashes, as in `sh run.sh {word[2:]}`")
     description = (f"Trains a diffusion model. Usage: main.py [PRESET] [--setting value ...], with PRESET one of {', '.join(PRESETS)}. "
                    f"The defaults below are those of {preset}.")
     config = parse(Config, arguments, Config(**PRESETS[preset]), description, CHOICES)
@@ -104,8 +114,9 @@ def read_config(arguments: list[str]) -> Config:
 def in_short(config: Config) -> str:
     """The settings that differ from the defaults."""
     changed = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
-    text = ", ".join(f"{name} {value}" for name, value in changed.items()) or "all settings at their defaults"
-    return textwrap.fill(text, width=120, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    words = [f"{name} {value}".replace(" ", "\0") for name, value in changed.items()]  # a setting is not broken over lines
+    text = ", ".join(words) or "all settings at their defaults"
+    return textwrap.fill(text, width=120, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False).replace("\0", " ")
 
 
 # ---- Devices and processes
@@ -121,7 +132,7 @@ def set_up(wanted: str, tf32: bool = True):
     import torch
     import torch.distributed as dist
 
-    from utils import UserError, world_size
+    from utils import UserError, first_line, world_size
 
     wrong = None
     try:
@@ -138,12 +149,15 @@ def set_up(wanted: str, tf32: bool = True):
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = tf32
         if world_size() > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))  # others wait while rank 0 downloads or decodes
         yield device
     except UserError as error:
         wrong = str(error)
-    except torch.cuda.OutOfMemoryError:
-        wrong = "out of GPU memory: raise --accumulation_steps, or lower --batch_size or --model_channels"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        wrong = f"out of memory ({first_line(error)}): raise --accumulation_steps, or lower --batch_size or --model_channels"
     if wrong and not dist.is_initialized():
         fail(wrong)
     if dist.is_initialized():
@@ -187,11 +201,19 @@ def main(arguments: list[str]) -> None:
         if config.class_conditional:
             check_labels(config.dataset)
         dataset = rank0_first(lambda first: load_dataset(config.dataset, config.data_dir, config.image_size, download=first))
-        trainer = DiffusionTrainer(config, dataset, device)
-        parameters = sum(p.numel() for p in trainer.net.parameters())
-        print0(f"{len(dataset.data):,} items of shape {dataset.spec.shape}, {config.network} of {parameters:,} parameters")
-        trainer.train()
+        DiffusionTrainer(config, dataset, device).train()
+
+
+def start(script) -> None:
+    """Runs `script(arguments)`; Ctrl-C ends it in one line, and a reader such as `head` that has enough in none."""
+    try:
+        script(sys.argv[1:])
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes it on, a second time
+        fail("stopped by Ctrl-C; the same command goes on from the last checkpoint", 130)
+    except BrokenPipeError:
+        os._exit(1)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    start(main)

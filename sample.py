@@ -7,13 +7,13 @@ and i, to rounding: neither the batch size nor the number of processes changes i
 """
 
 import dataclasses
+import math
 import os
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
 from config import CHOICES, Config
-from main import fail, parse, set_up
+from main import fail, parse, set_up, start
 
 
 @dataclass
@@ -53,8 +53,12 @@ def main(arguments: list[str]) -> None:
     for name in ("num", "batch_size", "sampling_steps"):
         if getattr(options, name) is not None and getattr(options, name) <= 0:
             fail(f"{name} is {getattr(options, name)}: expected more than 0")
-    folder = os.path.dirname(options.out) or "."
-    if not options.out.endswith(".npz") or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+    if not 0 <= options.seed < 2**32:
+        fail(f"seed is {options.seed}: expected 0 or more, and less than 2^32")
+    if not math.isfinite(options.guidance_scale or 1):
+        fail(f"guidance_scale is {options.guidance_scale}: expected a finite number")
+    folder, png = os.path.dirname(options.out) or ".", os.path.splitext(options.out)[0] + ".png"
+    if not options.out.endswith(".npz") or not os.access(folder, os.W_OK) or os.path.isdir(options.out) or os.path.isdir(png):
         fail(f"out is {options.out!r}: expected a FILE.npz in a folder that is there and can be written")
     with set_up(options.device) as device:
         import numpy as np
@@ -66,7 +70,7 @@ def main(arguments: list[str]) -> None:
         from trainer import build, draw_all
         from utils import UserError, on_rank0, print0, write_atomically
 
-        state = saving.load(options.ckpt, device)
+        state = saving.load(options.ckpt)
         chosen = {name: getattr(options, name) for name in ("sampler", "sampling_steps", "guidance_scale", "sde_diffusion", "seed")}
         try:
             config = Config(**state["config"])
@@ -80,8 +84,11 @@ def main(arguments: list[str]) -> None:
             raise UserError("guidance_scale needs a network trained with labels and label_dropout above 0; use --guidance_scale 1")
         labels = read_labels(options.labels, options.num, spec.num_classes) if config.class_conditional else None
 
-        process, net = build(config, spec, device)
-        check_times(process, config.model_type, config.target_type, config.sde_diffusion, config.T_min, config.T_max)
+        try:
+            process, net = build(config, spec, device)
+            check_times(process, config.model_type, config.target_type, config.sde_diffusion, config.T_min, config.T_max)
+        except UserError as error:
+            raise UserError(f"{options.ckpt}: {error}") from error
         saving.restore(net, state["ema"]["net"] if options.weights == "ema" else state["net"], options.ckpt)
         samples = draw_all(config, spec, process, net.eval(), device, rows=range(options.num), labels=labels, sampler=config.sampler)
 
@@ -94,11 +101,10 @@ def main(arguments: list[str]) -> None:
             picture = image_grid(first, columns=10) if spec.is_image else scatter_plot(first, first)
             write_atomically(png, lambda file: picture.save(file, format="PNG"))
 
-        png = os.path.splitext(options.out)[0] + ".png"
         on_rank0(write)
         print0(f"{options.num} samples of {options.weights} weights at step {state['step']}, by {config.sampling_steps} steps of "
                f"{config.sampler}: {options.out} and {png}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    start(main)

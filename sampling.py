@@ -10,14 +10,12 @@ both with the same marginals, for any eps(t) >= 0; eps = delta is the exact reve
 To add a sampler, write such a function and give it a row in SAMPLERS; a new eps is a row of DIFFUSIONS.
 """
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from prediction import convert, target
 from processes import Process
-from utils import UserError, choose, row_noise
+from utils import RowNoise, UserError, choose
 
 DIFFUSIONS = {
     "delta": lambda process, t: process.delta(t),
@@ -40,11 +38,11 @@ class Field:
 
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
         """The guided prediction at x (B, ...) and t (B,), in float32 or wider."""
-        out = self.net(x, t, self.label)
+        out = self.net(x, t, self.label).to(x.dtype)
         if self.guidance_scale != 1 and self.label is not None:
-            unconditional = self.net(x, t, None)
+            unconditional = self.net(x, t, None).to(x.dtype)
             out = unconditional + self.guidance_scale * (out - unconditional)
-        return out.to(x.dtype)
+        return out
 
     def velocity(self, x: Tensor, time: float) -> Tensor:
         """The velocity of the ODE at x (B, ...) and one time."""
@@ -130,11 +128,7 @@ def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, 
     batch_size = batch_size or max(len(rows), 1)
     for start in range(rows.start, rows.stop, batch_size):
         batch = range(start, min(start + batch_size, rows.stop))
-        draws = itertools.count()  # the n-th noise of sample i is a function of (seed, n, i)
-
-        def noise(batch=batch, draws=draws):
-            return row_noise(batch, shape, device, seed, "sample", next(draws))
-
+        noise = RowNoise(batch, shape, device, seed, "sample")
         label = None if labels is None else labels[batch.start : batch.stop].to(device)
         field = Field(net, process, model_type, label, guidance_scale, sde_diffusion)
         x = process.sigma(torch.tensor(T_max)).item() * noise()

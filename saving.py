@@ -4,15 +4,16 @@ A checkpoint is one file of plain containers, numbers, strings and tensors, read
 It is written to a temporary file and renamed, so `last.pt` is whole whenever it is there.
 """
 
+import glob
 import io
 import json
 import os
-import pickle
+import warnings
 
 import torch
 from torch import nn
 
-from utils import UserError, first_line, write_atomically
+from utils import UserError, write_atomically
 
 LAST = "last.pt"  # the newest checkpoint in a run's folder
 
@@ -24,15 +25,20 @@ def save(path: str, state: dict) -> None:
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def load(path: str, device="cpu") -> dict:
-    """The state that `save` wrote, its tensors on `device`. Raises UserError if the file is missing, damaged, or no checkpoint."""
+def load(path: str, mmap: bool = False) -> dict:
+    """The state that `save` wrote, its tensors on the CPU, or read when they are used (`mmap`).
+
+    Raises UserError if the file is missing, damaged, or no checkpoint.
+    """
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint {path}: expected a file such as ckpts/RUN_NAME/{LAST}")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}): it is truncated, damaged or no checkpoint; use another") from error
-    if not isinstance(state, dict) or not {"step", "net", "ema", "config", "data"} <= state.keys():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a damaged file fails in many ways; torch's own words advise to trust it
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): it is truncated, damaged or none of ours; use another") from error
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in ("net", "ema", "config", "data")):
         raise UserError(f"{path} is no checkpoint of this project: expected a file such as ckpts/RUN_NAME/{LAST}")
     return state
 
@@ -53,20 +59,27 @@ def plain(settings: dict) -> dict:
     return json.loads(json.dumps(settings))
 
 
+def settings_of(folder: str) -> dict | None:
+    """The settings with which the run in this folder was made, or None if there is nothing in it to lose."""
+    last, config, metrics = (os.path.join(folder, name) for name in (LAST, "config.json", "metrics.jsonl"))
+    if os.path.exists(last):
+        return load(last, mmap=True)["config"]
+    if not (os.path.isfile(config) and os.path.isfile(metrics) and os.path.getsize(metrics)):
+        return None
+    try:
+        with open(config) as file:
+            return dict(json.load(file))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{config} does not hold the settings of a run: choose another --run_name, or remove {folder}") from error
+
+
 def open_run(folder: str, settings: dict, may_change: set[str]) -> bool:
     """Makes the run's folder, writes config.json there, and tells whether there is a checkpoint to go on from.
 
-    Raises UserError if there is one that was made with other settings, apart from those that `may_change`.
+    Raises UserError if it holds a run that was made with other settings, apart from those that `may_change`.
     """
-    path = os.path.join(folder, "config.json")
-    resume = os.path.exists(os.path.join(folder, LAST))
-    if resume and os.path.exists(path):
-        try:
-            with open(path) as file:
-                old = json.load(file)
-        except ValueError as error:
-            raise UserError(f"{path} is no JSON ({error}): mend it, or choose another --run_name") from error
-        new = plain(settings)
+    old, new = settings_of(folder), plain(settings)
+    if old is not None:
         changed = [f"{k} ({old.get(k)} there, {new.get(k)} now)" for k in sorted(old.keys() | new.keys())
                    if k not in may_change and old.get(k) != new.get(k)]
         if changed:
@@ -75,6 +88,8 @@ def open_run(folder: str, settings: dict, may_change: set[str]) -> bool:
     try:
         os.makedirs(os.path.join(folder, "samples"), exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the run's folder {folder} ({error}): choose another --ckpt_dir") from error
-    write_atomically(path, lambda file: file.write(json.dumps(settings, indent=2).encode()))
-    return resume
+        raise UserError(f"cannot make the run's folder {folder} ({error.strerror}): choose another --run_name or --ckpt_dir") from error
+    for left in glob.glob(os.path.join(glob.escape(folder), "*.tmp*")):  # of a save that was killed
+        os.remove(left)
+    write_atomically(os.path.join(folder, "config.json"), lambda file: file.write(json.dumps(settings, indent=2).encode()))
+    return os.path.exists(os.path.join(folder, LAST))

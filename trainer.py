@@ -1,14 +1,15 @@
 """`DiffusionTrainer` puts the parts together: data, process, time sampler, prediction, network, optimizer, EMA, samplers, logging.
 
 A new project overrides `prepare_batch`, which says what is random in a step, or `loss`. Whatever is random in step s is drawn for
-the whole global batch as a function of (seed, s), and each process takes its rows; only dropout also depends on the rank. So
-losses do not depend on the number of processes or on accumulation, and a run that goes on needs no random state.
+the whole global batch as a function of (seed, s), and each process takes its rows. So losses do not depend on the number of
+processes or on accumulation, but for dropout, which also depends on these; and a run that goes on needs no random state.
 To add an architecture, write a file such as mlp.py with a class that is called as net(xt, t, label), and give it a row in NETWORKS.
 """
 
 import contextlib
 import dataclasses
 import os
+import re
 import time
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from time_samplers import TIME_SAMPLERS
 from unet import UNet
 from utils import (
     Progress,
+    RowNoise,
     UserError,
     append_dims,
     choose,
@@ -41,7 +43,6 @@ from utils import (
     on_rank0,
     print0,
     rank,
-    row_noise,
     share,
     world_size,
 )
@@ -103,6 +104,8 @@ class DiffusionTrainer:
 
         self.folder = os.path.join(config.ckpt_dir, config.run_name)
         self.last = os.path.join(self.folder, saving.LAST)
+        parameters = sum(p.numel() for p in self.net.parameters())
+        print0(f"{len(dataset.data):,} items of shape {self.spec.shape}, {config.network} of {parameters:,} parameters")
         if on_rank0(lambda: saving.open_run(self.folder, settings, MAY_CHANGE)):
             self.restore()
         self.logger = None  # only rank 0 has one
@@ -137,7 +140,7 @@ class DiffusionTrainer:
             x0 = torch.where(append_dims(uniform() < 0.5, x0.ndim), x0.flip(-1), x0)
         if config.class_conditional:
             label = self.to_device(label).masked_fill(uniform() < config.label_dropout, self.spec.num_classes)
-        x1 = row_noise(self.rows, self.spec.shape, self.device, config.seed, "noise", step)
+        x1 = RowNoise(self.rows, self.spec.shape, self.device, config.seed, "noise", step)()
         return Batch(x0, x1, t, label if config.class_conditional else None)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -213,7 +216,7 @@ class DiffusionTrainer:
         if rank() == 0:
             self.logger.finish()
             pictures = os.path.join(self.folder, "samples")
-            newest = sorted(f for f in os.listdir(pictures) if f.startswith(f"ema_{self.config.sampler}_"))[-1:]
+            newest = sorted(f for f in os.listdir(pictures) if re.fullmatch(rf"ema_{self.config.sampler}_\d+\.png", f))[-1:]
             print0(f"samples     {os.path.join(pictures, *newest)}")
             print0(f"checkpoint  {self.last}")
             print0(f"log         {self.logger.metrics}, and curves.png beside it")
@@ -258,7 +261,7 @@ class DiffusionTrainer:
     def picture(self, points: Tensor):
         """Samples or data, uint8 images or vectors -> a picture: a grid, with a class a column if there are few, or a scatter plot."""
         if not self.spec.is_image:
-            return scatter_plot(points, self.dataset.data[: len(points)])
+            return scatter_plot(points, self.dataset.data[:2000])
         few = 0 < self.spec.num_classes <= 16
         return image_grid(points, self.spec.num_classes if few else max(1, round(len(points) ** 0.5)))
 
@@ -312,7 +315,7 @@ class DiffusionTrainer:
 
     def restore(self) -> None:
         """Takes up the run where last.pt left it."""
-        state = saving.load(self.last, self.device)
+        state = saving.load(self.last)
         saving.restore(self.net, state["net"], self.last)
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -26,7 +26,7 @@ def zero(module: nn.Module) -> nn.Module:
 
 
 def time_features(t: Tensor, dim: int) -> Tensor:
-    """(B,) -> (B, dim): cosines and sines of 1000 t at geometric frequencies from 1 to 1e-4 (Vaswani et al. 2017, section 3.5)."""
+    """(B,) -> (B, dim): cosines and sines of 1000 t at geometric frequencies from 1 towards 1e-4 (Vaswani et al. 2017, section 3.5)."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = 1000 * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -68,7 +68,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels, in heads of at most 64 channels."""
+    """Self-attention over the pixels, in heads of 64 channels, or of the next larger number that divides them."""
 
     def __init__(self, channels: int):
         super().__init__()

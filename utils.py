@@ -1,9 +1,10 @@
 """Small helpers that every file may use: broadcasting, image ranges, seeds, rank 0, choosing by name, and errors told in one line.
 
-Randomness. `make_seed` mixes any numbers and words into one seed, and `row_noise` draws row i of a batch as a function of
+Randomness. `make_seed` mixes any numbers and words into one seed, and `RowNoise` draws row i of a batch as a function of
 (seed, i) only: a process that holds rows 64 to 127 draws just these, and gets what a single process would get for them.
 """
 
+import errno
 import inspect
 import os
 import sys
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-NOISE_BLOCK = 16  # Rows that share one generator in `row_noise`: few launches, little drawn in vain.
+NOISE_BLOCK = 16  # Rows that share one generator in `RowNoise`: few launches, little drawn in vain.
 
 
 class UserError(ValueError):
@@ -152,22 +153,27 @@ def to_uint8(x: torch.Tensor, mean: float = 127.5, std: float = 127.5) -> torch.
 
 
 def make_seed(*keys: int | str) -> int:
-    """One 64-bit seed from numbers (>= 0) and words; other keys give an independent seed."""
+    """One 64-bit seed from numbers in [0, 2^32) and words; other keys give another. On a CPU, torch takes its low half."""
     words = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in keys]
     # the length first: SeedSequence takes (1,) and (1, 0) for the same
     return int(np.random.SeedSequence([len(words), *words]).generate_state(1, np.uint64)[0])
 
 
-def row_noise(rows: range, shape: tuple[int, ...], device, *keys: int | str) -> torch.Tensor:
-    """Standard normal noise (len(rows), *shape), float32: row i is a function of `keys` and i alone, on one kind of device."""
-    generator = torch.Generator(device)
-    first, last = rows.start // NOISE_BLOCK, (rows.stop - 1) // NOISE_BLOCK
-    blocks = [
-        torch.randn(NOISE_BLOCK, *shape, device=device, generator=generator.manual_seed(make_seed(*keys, block)))
-        for block in range(first, last + 1)
-    ]
-    start = rows.start - first * NOISE_BLOCK
-    return torch.cat(blocks)[start : start + len(rows)]
+class RowNoise:
+    """Standard normal noise for `rows` of a batch: each call gives the next (len(rows), *shape), float32.
+
+    Row i of the n-th call is a function of `keys`, n and i alone, on one kind of device.
+    """
+
+    def __init__(self, rows: range, shape: tuple[int, ...], device, *keys: int | str):
+        first, last = rows.start // NOISE_BLOCK, (rows.stop - 1) // NOISE_BLOCK
+        self.shape, self.device = (NOISE_BLOCK, *shape), device
+        self.generators = [torch.Generator(device).manual_seed(make_seed(*keys, block)) for block in range(first, last + 1)]
+        self.mine = slice(rows.start - first * NOISE_BLOCK, rows.stop - first * NOISE_BLOCK)
+
+    def __call__(self) -> torch.Tensor:
+        blocks = [torch.randn(self.shape, device=self.device, generator=generator) for generator in self.generators]
+        return torch.cat(blocks)[self.mine]
 
 
 # ---- Files and libraries
@@ -206,7 +212,8 @@ def write_atomically(path: str, write) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error}; make room or choose another folder") from error
+        room = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        raise UserError(f"cannot write {path} ({error.strerror or error}): {room}choose another folder") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

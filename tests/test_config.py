@@ -63,9 +63,13 @@ def test_presets_hold_only_what_differs():
     (dict(run_name="a/b"), "run_name"),
     (dict(dropout=1.0), "[0, 1)"),
     (dict(batch_size=0), "more than 0"),
-    (dict(base_lr=float("nan")), "more than 0"),
+    (dict(base_lr=float("nan")), "finite"),
     (dict(base_lr=float("inf")), "finite"),
+    (dict(logit_normal_loc=float("nan")), "finite"),
     (dict(seed=-1), "0 or more"),
+    (dict(seed=2**32), "less than 2^32"),
+    (dict(model_channels=1), "2 or more"),
+    (dict(ckpt_dir=""), "--ckpt_dir ckpts"),
 ])
 def test_contradictions_are_found(changes, words):
     found = problems(dataclasses.replace(Config(), **{"warmup_steps": 0, "num_training_steps": 10, **changes}), 1)
@@ -74,4 +78,4 @@ def test_contradictions_are_found(changes, words):
 
 def test_processes_divide_the_batch():
     assert problems(Config(batch_size=128), 8) == []
-    assert "3 processes" in problems(Config(batch_size=128), 3)[0]
+    assert "processes (3)" in problems(Config(batch_size=128), 3)[0]

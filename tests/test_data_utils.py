@@ -150,6 +150,15 @@ def test_image_folder(folder):
     assert data.data[0, :, 8, 8].tolist() == [200, 0, 0] and data.data[1, :, 8, 8].tolist() == [100, 100, 100]
 
 
+def test_sixteen_bits_and_transparency(folder):
+    """16 bits of grey are scaled, not clipped; what is transparent is white."""
+    Image.fromarray(np.full((16, 16), 30_000, np.uint16)).save(folder / "cats" / "0.png")
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(folder / "cats" / "1.png")
+    Image.new("P", (16, 16), 0).save(folder / "cats" / "2.png", transparency=0)
+    images = load_dataset("image_folder", str(folder), image_size=16).data
+    assert images[0].min() == images[0].max() == 117 and images[1].min() == images[2].min() == 255
+
+
 def test_images_are_cropped_in_the_middle(folder):
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:, 8:16] = 255
@@ -180,6 +189,10 @@ def test_bad_image_folders(folder, tmp_path):
     with pytest.raises(UserError, match="dogs/text.jpg is not a readable image"):
         load_dataset("image_folder", str(folder))
     assert not any(f.endswith(".npy") for f in os.listdir(tmp_path / "cache"))
+    (folder / "dogs" / "text.jpg").unlink()
+    (folder / "dogs" / "text.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(UserError, match="dogs/text.jpg cannot be read .*No such file"):
+        load_dataset("image_folder", str(folder))
 
 
 # ---- Array files
@@ -223,7 +236,11 @@ def test_bad_arrays(tmp_path):
         ((np.full((4, 2), np.nan),), "not finite"),
         ((good, np.zeros(3, int)), "labels arr_1"),
         ((good, np.zeros(4)), "labels arr_1"),
-        ((good, np.array([0, 1, -1, 2])), "labels arr_1"),
+        ((good, np.array([0, 1, -1, 2])), "labels arr_1 run from -1 to 2"),
+        ((good, np.array([0, 1, 2, 10**12])), "number them anew"),
+        ((good, np.array([0, 1, 2, 2**63], np.uint64)), "number them anew"),
+        ((np.full((4, 2), 1e300),), "not finite in float32"),
+        ((np.zeros((4, 2), "timedelta64[s]"),), "expected vectors"),
     ]:
         np.savez(path, *arrays)
         with pytest.raises(UserError, match=words):
@@ -231,6 +248,7 @@ def test_bad_arrays(tmp_path):
     np.savez(path, images=good)
     with pytest.raises(UserError, match="has no array arr_0, only images"):
         load_dataset(path)
+    check_labels(path)  # leaves the telling to load_dataset
     for content in (b"", b"PK\x03\x04 half a zip", b"text"):
         open(path, "wb").write(content)
         with pytest.raises(UserError, match="cannot read"):

@@ -93,6 +93,7 @@ def test_scatter_plot(dimensions):
     points = torch.randn(50, dimensions)
     picture = scatter_plot(points, points)
     assert picture.size == (1000, 500) and len(np.unique(np.asarray(picture))) > 20
+    scatter_plot(points[:1], points[:1])  # a single point has no extent
 
 
 def test_wandb_offline_holds_everything(tmp_path, monkeypatch):
@@ -103,6 +104,7 @@ def test_wandb_offline_holds_everything(tmp_path, monkeypatch):
         log.log(step + 1, values(0.5))
         log.picture(step + 1, "real", image_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 2))
         log.finish()
+        time.sleep(1)  # wandb names its folders by the second
     config, history = read_wandb(tmp_path)
     assert config["mults"] == [1, 2] and config["bf16"] is None and config["lr"] == 0.1 and set(SETTINGS) <= set(config)
     assert [h["loss"] for h in history if "loss" in h] == [0.5, 0.5]
@@ -135,6 +137,16 @@ def test_online_without_key_or_server_becomes_offline_in_one_line(tmp_path, envi
     assert [line for line in result.stderr.splitlines() if "logging offline" in line] == result.stderr.splitlines(), result.stderr
     assert "wandb sync" in result.stdout and list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert lines(tmp_path)[0]["loss"] == 1.0
+
+
+def test_a_mode_of_the_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "garbage")
+    assert logger(tmp_path).run is None
+    assert capsys.readouterr().err == "wandb: WANDB_MODE 'garbage' is not known: expected online, offline or disabled; taking disabled\n"
+    monkeypatch.setenv("WANDB_MODE", "")
+    assert logger(tmp_path).run is None and capsys.readouterr().err == ""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert logger(tmp_path, "online").run is None
 
 
 def test_wandb_failing_in_the_middle_is_told_once(tmp_path, capsys):

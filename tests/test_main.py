@@ -22,6 +22,7 @@ def test_presets_and_flags():
     config = main.read_config(words.split())
     expected = dict(PRESETS["digits"], weight_decay=0.1, base_lr=3e-4, channel_mults=(1, 2, 2), bf16=True, T_min=0.01)
     assert config == Config(**expected)
+    assert main.read_config(["--random_flip", "false"]).random_flip is False
     assert main.read_config(["moons", "--dataset", "some/file.npz"]).dataset == "some/file.npz"
     assert "base_lr 0.0003, " in main.in_short(config) and "seed" not in main.in_short(config)
 
@@ -46,7 +47,10 @@ def test_help_shows_settings_defaults_comments_and_names_and_is_quick():
     (["--process", "rff"], ["'rff'", "rf", "cosine", "linear_vp"]),
     (["--random_flip", "3"], ["True", "False"]),
     (["--channel_mults", "a"], ["--channel-mults"]),
+    (["--channel_mults", "1,2"], ["--channel-mults", "spaces between"]),
     (["digits", "stray"], ["stray"]),
+    (["digits", "--"], ["'--' is no setting"]),
+    (["--digits"], ["without dashes", "sh run.sh digits"]),
     (["--dataset", "cifar11"], ["cifar11", "cifar10", "FILE.npz"]),
     (["--warmup_steps", "9", "--num_training_steps", "8"], ["warmup_steps 9 is longer", "--warmup_steps 0"]),
 ])

@@ -97,8 +97,35 @@ def test_bad_input_through_the_launcher_is_one_line(tmp_path):
     assert_one_line_error(result, "cannot read")
     assert result.returncode == 2
     result = run("sh", ROOT / "run.sh", "--batch_size", "3", GPUS="2")
-    assert_one_line_error(result, "not divisible by 2 processes")
-    assert_one_line_error(run("sh", ROOT / "run.sh", NODES="2"), "HEAD=NAME:PORT")
+    assert_one_line_error(result, "not divisible by 2: processes (2)")
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(NODES="2"), "HEAD=NAME:PORT"),
+    (dict(NODES="2", HEAD="node1"), "expected NAME:PORT"),
+    (dict(NODES="2", HEAD="node1:x"), "HEAD=NAME:PORT"),
+    (dict(NODES="two"), "NODES is 'two'"),
+    (dict(GPUS="0"), "GPUS is '0'"),
+    (dict(THREADS="-3"), "THREADS is '-3'"),
+    (dict(PYTHON="/nowhere/python"), "no /nowhere/python here"),
+])
+def test_wrong_options_of_run_sh(options, words):
+    assert_one_line_error(run("sh", ROOT / "run.sh", "digits", **options), words)
+
+
+@pytest.mark.parametrize("number, status, words", [(signal.SIGINT, 130, "stopped by Ctrl-C"), (signal.SIGTERM, 143, "stopped by SIGTERM")])
+def test_a_stopped_run_says_so_in_one_line(tmp_path, number, status, words):
+    """As Ctrl-C in a terminal does, the signal goes to the launcher and all it started."""
+    config = tiny(tmp_path, num_training_steps=100_000, save_every=1)
+    environment = {**os.environ, "PYTHON": sys.executable, "THREADS": "1"}
+    process = subprocess.Popen(["sh", "run.sh", *flags(config)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "digits" / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status and error.count("\n") == 1 and words in error, error
 
 
 def test_out_of_disk(tmp_path):

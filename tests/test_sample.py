@@ -80,6 +80,10 @@ def test_one_line_errors(checkpoints, tmp_path):
         (["--ckpt", digits, "--num", "0"], ["num is 0"]),
         (["--ckpt", digits, "--num", "2", "--out", tmp_path / "no" / "x.npz"], ["a folder that is there"]),
         (["--ckpt", digits, "--num", "2", "--out", tmp_path / "x.png"], ["expected a FILE.npz"]),
-        ([], ["--ckpt"]),
+        (["--ckpt", digits, "--seed", "-1"], ["seed is -1"]),
+        (["--ckpt", digits, "--guidance_scale", "nan"], ["finite"]),
+        (["--ckpt", digits, "--sampler", "none"], ["error: invalid choice 'none'"]),
+        (["--ckpt", "README.md"], ["README.md cannot be read"]),
+        ([], ["error: Missing", "--ckpt"]),
     ]:
         assert_one_line_error(run("python", "sample.py", *arguments), *words)

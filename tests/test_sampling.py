@@ -89,6 +89,15 @@ def test_guidance_mixes_velocities(kind):
         torch.testing.assert_close(Field(net, process, kind, label, scale).velocity(x, 0.4), u + scale * (c - u))
 
 
+def test_guidance_is_mixed_in_float32():
+    """Outputs in bfloat16, as under autocast: their difference would lose what little the label changes."""
+    def net(x, t, label):
+        return torch.full_like(x, 256.0 if label is None else 258.0, dtype=torch.bfloat16)
+
+    field = Field(net, PROCESSES["rf"](), "velocity", torch.zeros(2, dtype=torch.int64), 1.25)
+    assert field.predict(torch.zeros(2, 1), torch.rand(2)).tolist() == [[258.5], [258.5]]
+
+
 def test_one_call_without_guidance():
     calls = []
 

@@ -32,7 +32,14 @@ def test_missing_truncated_and_foreign(tmp_path):
         open(path, "wb").write(whole[:cut])
         with pytest.raises(UserError, match="cannot be read"):
             saving.load(path)
+    for text in (b"hello world\n", b"a", b"1,2\n3,4\n"):
+        open(path, "wb").write(text)
+        with pytest.raises(UserError, match="cannot be read"):
+            saving.load(path)
     torch.save({"weights": 1}, path)
+    with pytest.raises(UserError, match="no checkpoint of this project"):
+        saving.load(path)
+    torch.save({**STATE, "data": None}, path)
     with pytest.raises(UserError, match="no checkpoint of this project"):
         saving.load(path)
 
@@ -61,22 +68,39 @@ def test_another_architecture(tmp_path):
             saving.restore(net, weights, "x.pt")
 
 
-def test_run_folder(tmp_path):
-    folder = str(tmp_path / "run")
+@pytest.mark.parametrize("saved", [True, False])
+def test_run_folder(tmp_path, saved):
+    """Other settings are refused as soon as there is a checkpoint or a line of metrics to lose."""
+    folder, metrics = str(tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
     settings = {"lr": 0.1, "mults": (1, 2), "bf16": None, "log_every": 5}
-    assert saving.open_run(folder, settings, {"log_every"}) is False
-    assert json.load(open(os.path.join(folder, "config.json"))) == {"lr": 0.1, "mults": [1, 2], "bf16": None, "log_every": 5}
-    # nothing saved yet: other settings start over
+    plain = {"lr": 0.1, "mults": [1, 2], "bf16": None, "log_every": 5}
     assert saving.open_run(folder, {**settings, "lr": 0.3}, set()) is False
-    saving.open_run(folder, settings, set())
-    saving.save(os.path.join(folder, saving.LAST), STATE)
-    assert saving.open_run(folder, {**settings, "log_every": 7}, {"log_every"}) is True
+    assert saving.open_run(folder, settings, set()) is False  # nothing there to lose yet
+    assert json.load(open(tmp_path / "run" / "config.json")) == plain
+    if saved:
+        saving.save(os.path.join(folder, saving.LAST), {**STATE, "config": plain})
+        (tmp_path / "run" / "config.json").unlink()  # the settings are in the checkpoint
+        (tmp_path / "run" / "last.pt.tmp77").write_text("of a save that was killed")
+    else:
+        metrics.write_text('{"step": 1}\n')
+    assert saving.open_run(folder, {**settings, "log_every": 7}, {"log_every"}) is saved
+    assert json.load(open(tmp_path / "run" / "config.json"))["log_every"] == 7
+    assert not (tmp_path / "run" / "last.pt.tmp77").exists()
     with pytest.raises(UserError, match=r"lr \(0.1 there, 0.2 now\), new \(None there, 1 now\); .*another --run_name"):
         saving.open_run(folder, {**settings, "lr": 0.2, "new": 1}, {"log_every"})
-    assert json.load(open(os.path.join(folder, "config.json")))["lr"] == 0.1
+    assert json.load(open(tmp_path / "run" / "config.json"))["lr"] == 0.1
+
+
+def test_damaged_settings(tmp_path):
+    saving.open_run(str(tmp_path), {"lr": 0.1}, set())
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    for text in ("[1]", "{", "7"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match="does not hold the settings"):
+            saving.open_run(str(tmp_path), {"lr": 0.1}, set())
 
 
 def test_run_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="choose another --ckpt_dir"):
+    with pytest.raises(UserError, match="choose another --run_name or --ckpt_dir"):
         saving.open_run(str(tmp_path / "file" / "run"), {}, set())

@@ -1,6 +1,7 @@
 """The trainer: the loss against the formula, randomness by (seed, step), exact resume, what a grid shows, that it learns."""
 
 import dataclasses
+import json
 import os
 
 import numpy as np
@@ -92,11 +93,14 @@ def test_flips_and_label_dropout_have_their_rates(tmp_path, digits):
 
 
 def test_accumulation_changes_nothing(tmp_path, digits):
+    """Neither the weights nor the norm of the gradient, which Adam and clipping would hide."""
     runs = [make(tmp_path, digits, run_name=f"a{parts}", accumulation_steps=parts, base_lr=1e-3) for parts in (1, 2, 4)]
     for trainer in runs:
         trainer.train()
-    for trainer in runs[1:]:
+    norms = [[json.loads(line)["grad_norm"] for line in open(tmp_path / f"a{parts}" / "metrics.jsonl")] for parts in (1, 2, 4)]
+    for trainer, norm in zip(runs[1:], norms[1:]):
         torch.testing.assert_close(weights(trainer), weights(runs[0]), rtol=1e-3, atol=1e-5)
+        assert norm == pytest.approx(norms[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("stop", [3, 4])
@@ -161,10 +165,21 @@ def test_all_grids_are_drawn_and_their_noise_is_the_same(tmp_path, digits):
     names = {f"{w}_{s}_{n:07d}.png" for w in ("raw", "ema") for s in ("heun", "euler_maruyama") for n in (2, 4)}
     assert set(os.listdir(tmp_path / "digits" / "samples")) == names
     assert {"real.png", "curves.png", "metrics.jsonl", "config.json", "last.pt"} <= set(os.listdir(tmp_path / "digits"))
-    before = (tmp_path / "digits" / "samples" / "ema_heun_0000004.png").read_bytes()
-    trainer.sample()
-    assert (tmp_path / "digits" / "samples" / "ema_heun_0000004.png").read_bytes() == before
     assert trainer.net.training
+    starts = []
+    for net in (trainer.net, trainer.ema.net):
+        net.register_forward_pre_hook(lambda net, given: starts.append(given) if given[1][0] > 0.99 else None)
+    trainer.sample()
+    trainer.step = 5
+    trainer.sample()
+    assert len(starts) == 8
+    for x, _, label in starts:
+        assert torch.equal(x, starts[0][0]) and torch.equal(label, starts[0][2])
+
+
+def test_the_end_names_the_picture_of_the_sampler(tmp_path, digits, capsys):
+    make(tmp_path, digits, sampler="euler").train()
+    assert os.path.join("samples", "ema_euler_0000004.png") in capsys.readouterr().out
 
 
 def test_real_data_stand_by_class(tmp_path, digits):

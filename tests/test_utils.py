@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, run
 
 import utils
-from utils import UserError, append_dims, choose, gather_rows, make_seed, mean_flat, on_rank0, row_noise, share, to_uint8, write_atomically
+from utils import RowNoise, UserError, append_dims, choose, gather_rows, make_seed, mean_flat, on_rank0, share, to_uint8, write_atomically
 
 
 def test_choose_passes_only_what_is_named():
@@ -37,13 +37,17 @@ def test_seeds_differ_by_key_and_order():
     assert make_seed(3, "noise", 7) == make_seed(3, "noise", 7)
 
 
-def test_row_noise_is_a_function_of_the_row():
-    whole = row_noise(range(100), (2, 3), "cpu", 5, "noise")
+def test_row_noise_is_a_function_of_the_row_and_the_call():
+    def draw(rows, seed=5):
+        noise = RowNoise(rows, (2, 3), "cpu", seed, "noise")
+        return torch.stack([noise(), noise()])
+
+    whole = draw(range(100))
     for rows in (range(0, 1), range(15, 17), range(16, 32), range(40, 99)):
-        assert torch.equal(row_noise(rows, (2, 3), "cpu", 5, "noise"), whole[rows.start : rows.stop])
+        assert torch.equal(draw(rows), whole[:, rows.start : rows.stop])
     assert len(whole.flatten().unique()) == whole.numel()
-    assert not torch.equal(row_noise(range(100), (2, 3), "cpu", 6, "noise"), whole)
-    big = row_noise(range(4000), (16,), "cpu", 0)
+    assert not torch.equal(draw(range(100), 6), whole)
+    big = RowNoise(range(4000), (16,), "cpu", 0)()
     assert abs(big.mean()) < 0.02 and abs(big.std() - 1) < 0.01  # five standard errors of 64,000 draws
 
 
