@@ -57,10 +57,7 @@ class Logger:
         """Saves a PIL image as PNG, by default as samples/<name>_<step>.png, logs it to wandb as samples/<name>, returns its path."""
         path = os.path.join(self.folder, file_name or os.path.join("samples", f"{name}_{step:07d}.png"))
         write_atomically(path, lambda file: image.save(file, format="PNG"))
-        if self.run is not None:
-            import wandb
-
-            self.to_wandb({"step": step, f"samples/{name}": wandb.Image(image)})
+        self.to_wandb({"step": step}, {f"samples/{name}": image})
         return path
 
     def curves(self) -> None:
@@ -78,12 +75,14 @@ class Logger:
                 axes.set_yscale("log")
         write_atomically(os.path.join(self.folder, "curves.png"), lambda file: figure.savefig(file, format="png", dpi=100))
 
-    def to_wandb(self, values: dict) -> None:
-        """Hands `values` to wandb; if that fails, says so once and goes on without it."""
+    def to_wandb(self, values: dict, images: dict | None = None) -> None:
+        """Hands numbers and PIL images to wandb; if that fails, says so once and goes on without it."""
         if self.run is None:
             return
         try:
-            self.run.log(values)
+            import wandb
+
+            self.run.log(values | {name: wandb.Image(image) for name, image in (images or {}).items()})
         except Exception as error:  # whatever happens to wandb, the run goes on
             notice(f"logging to it failed ({first_line(error)}); going on without it, metrics.jsonl has everything")
             self.run = None
@@ -114,16 +113,34 @@ def run_id(folder: str, new: bool) -> str:
         return file.read()
 
 
+def wandb_mode(mode: str) -> str:
+    """The mode of the setting, or of the environment's WANDB_MODE if that names one."""
+    asked = os.environ.get("WANDB_MODE") or mode
+    if asked in ("online", "offline", "disabled"):
+        return asked
+    notice(f"WANDB_MODE {asked!r} is not known: expected online, offline or disabled; taking {mode}")
+    return mode
+
+
+def no_answer(url: str) -> str | None:
+    """Why no server answers at `url` within some seconds, or None if one does, whatever it says."""
+    import requests  # as wandb does
+
+    try:
+        requests.get(url, timeout=8)
+    except requests.exceptions.SSLError:
+        return None  # wandb may know more of certificates
+    except requests.RequestException as error:
+        return f"no answer from {url}, {type(error).__name__}"
+    return None
+
+
 def start_wandb(folder: str, settings: dict, mode: str, project: str, new: bool):
     """A wandb run, or None. Never asks anything: `online` without a key, or without a server within 30 s, becomes offline in one line.
 
     The run's id is kept in <folder>/wandb_id, so that a run that goes on is the same run on wandb.
     """
-    asked = os.environ.get("WANDB_MODE") or mode
-    if asked in ("online", "offline", "disabled"):
-        mode = asked
-    else:
-        notice(f"WANDB_MODE {asked!r} is not known: expected online, offline or disabled; taking {mode}")
+    mode = wandb_mode(mode)
     if mode == "disabled":
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -132,15 +149,20 @@ def start_wandb(folder: str, settings: dict, mode: str, project: str, new: bool)
         import wandb
 
         arguments = dict(project=project, name=os.path.basename(folder), id=run_id(folder, new), resume="allow", dir=folder,
-                         config=settings, settings=wandb.Settings(init_timeout=25))
+                         config=settings, settings=wandb.Settings(init_timeout=20))
         sys.stdin = open(os.devnull)  # wandb asks for a key only where there is a terminal to ask
-        try:
-            run, failure = wandb.init(mode=mode, **arguments), None
-        except Exception as error:
-            run, failure = None, first_line(error)
+        run, failure = None, None
+        if mode == "online":
+            failure = no_answer(wandb.setup().settings.base_url)
+            try:
+                run = None if failure else wandb.init(mode="online", **arguments)
+            except Exception as error:
+                failure = first_line(error)
         if run is None:
-            notice(f"logging offline, since {mode} failed ({failure}); `wandb login` once, or --wandb offline")
-            wandb.teardown()  # wandb's own process may still hold the run's id, and then takes only another
+            if failure:
+                notice(f"logging offline, since online failed ({failure}); `wandb sync` uploads it later")
+                wandb.teardown()  # wandb's own process may still hold the run's id, and then takes only another
+            os.environ["WANDB_MODE"] = "offline"  # or its telemetry waits for the server at the end
             try:
                 run = wandb.init(mode="offline", **arguments)
             except Exception:

@@ -1,8 +1,11 @@
 """Logging: metrics.jsonl, pictures, curves, wandb offline read back, and wandb failing in every way without stopping anything."""
 
+import http.server
 import json
 import os
+import socket
 import struct
+import threading
 import time
 
 import numpy as np
@@ -123,18 +126,44 @@ log.finish()
 """
 
 
-@pytest.mark.parametrize("environment", [
-    {},
-    {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"},
-    {"WANDB_API_KEY": "wrong"},
+class NotFound(http.server.BaseHTTPRequestHandler):
+    """A server that answers, but is no wandb."""
+
+    def do_GET(self):
+        self.send_error(404)
+
+    do_POST = do_GET
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def servers():
+    """Addresses: one that refuses, one that accepts and never answers, one that answers."""
+    silent, answering = socket.create_server(("127.0.0.1", 0)), http.server.ThreadingHTTPServer(("127.0.0.1", 0), NotFound)
+    threading.Thread(target=answering.serve_forever, daemon=True).start()
+    ports = {"refuses": 9, "silent": silent.getsockname()[1], "answers": answering.server_port}
+    yield {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+    answering.shutdown()
+    silent.close()
+
+
+@pytest.mark.parametrize("server, key, words", [
+    ("refuses", "a" * 40, "no answer from"),
+    ("silent", "a" * 40, "no answer from"),
+    ("answers", None, "No API key"),
+    ("answers", "wrong", "API key"),
+    ("answers", "a" * 40, "404"),
 ])
-def test_online_without_key_or_server_becomes_offline_in_one_line(tmp_path, environment):
-    """No key, a server that refuses, a key of the wrong form: offline after at most 30 s, with one line of notice."""
+def test_online_without_key_or_server_becomes_offline_in_one_line(tmp_path, servers, server, key, words):
+    """Offline within 30 s, the whole process in 45 s, with one line of notice."""
     start = time.monotonic()
-    environment = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_MODE": "online", **environment}
-    result = run("python", "-c", ONLINE, ROOT, tmp_path, **environment)
+    environment = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_MODE": "online", "WANDB_BASE_URL": servers[server]}
+    result = run("python", "-c", ONLINE, ROOT, tmp_path, **environment, **({"WANDB_API_KEY": key} if key else {}))
     assert result.returncode == 0 and time.monotonic() - start < 45, result.stderr
-    assert [line for line in result.stderr.splitlines() if "logging offline" in line] == result.stderr.splitlines(), result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("wandb: logging offline, since online failed") and words in line
     assert "wandb sync" in result.stdout and list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert lines(tmp_path)[0]["loss"] == 1.0
 
