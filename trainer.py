@@ -316,6 +316,11 @@ class DiffusionTrainer:
     def restore(self) -> None:
         """Takes up the run where last.pt left it."""
         state = saving.load(self.last)
+        there, here = state["data"], saving.plain(dataclasses.asdict(self.spec))
+        for name, mine in here.items():
+            theirs = there[name]
+            if np.shape(theirs) != np.shape(mine) or not np.allclose(theirs, mine, rtol=1e-5):  # other machines may round a mean otherwise
+                raise UserError(f"{self.last} is of other data, {name} {theirs}, not {mine}: give it those, or another --run_name")
         saving.restore(self.net, state["net"], self.last)
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -124,6 +124,15 @@ def test_going_on_is_bit_equal(tmp_path, digits, stop):
     assert a["ema"]["num_updates"] == b["ema"]["num_updates"] == a["step"] == 10
 
 
+def test_going_on_with_other_data_is_refused(tmp_path, digits):
+    make(tmp_path, digits).train()
+    other = make_dataset(digits.data[:, :, :, :4], digits.labels)
+    with pytest.raises(UserError, match=r"other data, shape \[1, 8, 8\], not \[1, 8, 4\]: .*--run_name"):
+        make(tmp_path, other, num_training_steps=5)
+    with pytest.raises(UserError, match="other data, num_classes 10, not 8"):
+        make(tmp_path, make_dataset(digits.data, digits.labels % 8), num_training_steps=5)
+
+
 def test_metrics_window_goes_on(tmp_path, digits):
     """The mean over the log's window is the same when the run is stopped inside it."""
     settings = dict(lr_schedule="constant", log_every=4, num_training_steps=4, save_every=1)
