@@ -47,7 +47,8 @@ if [ "$NODES" -gt 1 ] || [ -n "$HEAD" ]; then
     esac
 fi
 
-# One node takes any free port, so that several runs share a machine.
 export OMP_NUM_THREADS="$THREADS"
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-5000}"  # a thread that waits sleeps soon: as fast alone, and several times faster on a busy CPU
+# One node takes any free port, so that several runs share a machine.
 exec "$PYTHON" "$FOLDER/launch.py" --nnodes="$NODES" --nproc-per-node="$GPUS" \
     --rdzv-backend=c10d --rdzv-endpoint="${HEAD:-localhost:0}" "$FOLDER/main.py" "$@"
