@@ -97,8 +97,9 @@ PRESETS = {
     ),
     "digits": dict(
         run_name="digits", dataset="digits", random_flip=False, class_conditional=True, model_channels=24, channel_mults=(1, 2),
-        attention_resolutions=(), num_res_blocks=1, dropout=0.0, num_training_steps=500, base_lr=2e-3, lr_schedule="cosine",
-        warmup_steps=50, ema_decay=0.99, sampling_steps=20, num_samples=100, log_every=20, sample_every=250, save_every=250,
+        attention_resolutions=(), num_res_blocks=1, dropout=0.0, time_sampler="logit_normal", num_training_steps=650, base_lr=3e-3,
+        lr_schedule="cosine", warmup_steps=50, ema_decay=0.99, sampling_steps=20, num_samples=100, log_every=25, sample_every=325,
+        save_every=325,
     ),
     "mnist": dict(
         run_name="mnist", dataset="mnist", random_flip=False, class_conditional=True, model_channels=64, channel_mults=(1, 2, 2),
