@@ -266,10 +266,12 @@ class DiffusionTrainer:
         return image_grid(points, self.spec.num_classes if few else max(1, round(len(points) ** 0.5)))
 
     def show_data(self) -> None:
-        """Saves a picture of real data, to lay beside the samples; images by class, as in the grids."""
+        """Saves a picture of real data, to lay beside the samples: the one batch to overfit, or images by class, as in the grids."""
         data, classes = self.dataset.data, self.spec.num_classes
         by_class = [np.arange(len(data))]
-        if 0 < classes <= 16:
+        if self.config.overfit_one_batch:
+            by_class = [self.batches.indices(0)]
+        elif 0 < classes <= 16:
             by_class = [np.flatnonzero(self.dataset.labels == k) for k in range(classes)]
         blank = np.zeros(self.spec.shape, data.dtype)  # for a label that no item has
         shown = [(by_class[i % len(by_class)], i // len(by_class)) for i in range(self.config.num_samples)]

@@ -59,7 +59,7 @@ def test_preset_through_run_sh_with_wandb(tmp_path):
     assert again.returncode == 0 and "trained already" in again.stdout
     words[words.index("--base_lr") + 1] = "0.5"
     other = run("sh", ROOT / "run.sh", "digits", *words, GPUS="1")
-    assert_one_line_error(other, "base_lr (0.002 there, 0.5 now)", "--run_name")
+    assert_one_line_error(other, f"base_lr ({config.base_lr} there, 0.5 now)", "--run_name")
 
 
 def test_killed_and_started_again_is_bit_equal(tmp_path):

@@ -199,6 +199,9 @@ def test_real_data_stand_by_class(tmp_path, digits):
         same = (digits.data == image.numpy()).all(axis=(1, 2, 3))
         assert i % 10 in digits.labels[same]
     assert len(np.unique(shown[0].numpy(), axis=0)) > 25
+    trainer.config = dataclasses.replace(trainer.config, overfit_one_batch=True)
+    trainer.show_data()
+    assert np.array_equal(shown[1][:16], digits.data[trainer.batches.indices(0)])
 
 
 def test_a_label_that_no_item_has_and_no_labels_at_all(tmp_path, digits):
