@@ -204,16 +204,16 @@ def main(arguments: list[str]) -> None:
         DiffusionTrainer(config, dataset, device).train()
 
 
-def start(script) -> None:
-    """Runs `script(arguments)`; Ctrl-C ends it in one line, and a reader such as `head` that has enough in none."""
+def start(script, hint: str = "") -> None:
+    """Runs `script(arguments)`; Ctrl-C ends it in one line, to which `hint` is added, and a reader such as `head` that has enough in none."""
     try:
         script(sys.argv[1:])
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes it on, a second time
-        fail("stopped by Ctrl-C; the same command goes on from the last checkpoint", 130)
+        fail(f"stopped by Ctrl-C{hint}", 130)
     except BrokenPipeError:
         os._exit(1)
 
 
 if __name__ == "__main__":
-    start(main)
+    start(main, "; the same command goes on from the last checkpoint")

@@ -96,7 +96,7 @@ class Progress:
     """How far long work has come, on rank 0: a bar on a terminal, a line every 30 seconds in a log file. Used in a `with`."""
 
     def __init__(self, what: str, total: int | None = None, unit: str = "step"):
-        self.bar = tqdm(desc=what, total=total, unit=unit, leave=False, dynamic_ncols=True, disable=None if rank() == 0 else True)
+        self.bar = tqdm(desc=what, total=total, unit=f" {unit}s", leave=False, dynamic_ncols=True, disable=None if rank() == 0 else True)
         self.what, self.total, self.unit, self.n, self.told = what, total, unit, 0, time.monotonic()
 
     def __enter__(self):
