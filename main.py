@@ -205,7 +205,7 @@ def main(arguments: list[str]) -> None:
 
 
 def start(script, hint: str = "") -> None:
-    """Runs `script(arguments)`; Ctrl-C ends it in one line, to which `hint` is added, and a reader such as `head` that has enough in none."""
+    """Runs `script(arguments)`; Ctrl-C ends it in one line (and `hint`), a reader such as `head` that has enough in none."""
     try:
         script(sys.argv[1:])
     except KeyboardInterrupt:
