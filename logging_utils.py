@@ -12,9 +12,8 @@ import sys
 import uuid
 
 import numpy as np
-from tqdm import tqdm
 
-from utils import first_line, import_torchvision, write_atomically
+from utils import first_line, import_torchvision, progress_bar, write_atomically
 
 CURVES = ("loss", "learning_rate", "grad_norm", "images_per_second")
 
@@ -29,7 +28,7 @@ class Logger:
         write_atomically(self.metrics, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
         self.run = start_wandb(folder, settings, mode, project, new=step == 0)
         self.total = total
-        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=None)  # none where stderr is a file
+        self.bar = progress_bar(total=total, initial=step, unit="step")  # none where stderr is a file
 
     def history(self) -> list[dict]:
         """The lines of metrics.jsonl; one that a kill cut off is left out."""

@@ -92,11 +92,20 @@ def rank0_first(work):
     return mine[0] if mine else work(False)
 
 
+def progress_bar(**settings) -> tqdm:
+    """A bar on stderr where that is a terminal, as wide as it is; 80 columns where it tells no width, as in some containers."""
+    try:
+        shape = {"dynamic_ncols": True} if os.get_terminal_size(2).columns else {"ncols": 80, "nrows": 24}
+    except OSError:  # no terminal
+        shape = {}
+    return tqdm(**{"disable": None, **shape, **settings})
+
+
 class Progress:
     """How far long work has come, on rank 0: a bar on a terminal, a line every 30 seconds in a log file. Used in a `with`."""
 
     def __init__(self, what: str, total: int | None = None, unit: str = "step"):
-        self.bar = tqdm(desc=what, total=total, unit=f" {unit}s", leave=False, dynamic_ncols=True, disable=None if rank() == 0 else True)
+        self.bar = progress_bar(desc=what, total=total, unit=f" {unit}s", leave=False, disable=None if rank() == 0 else True)
         self.what, self.total, self.unit, self.n, self.told = what, total, unit, 0, time.monotonic()
 
     def __enter__(self):

@@ -8,6 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["WANDB_MODE"] = "offline"
+GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # for the one test that wants a GPU; the others compare float32 on the CPU, everywhere
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "WANDB_API_KEY"):
     os.environ.pop(name, None)
 
@@ -75,6 +77,11 @@ def run(*command, cwd=ROOT, timeout=240, **environment):
     env = {**os.environ, "PYTHON": sys.executable, "THREADS": "1", "OMP_NUM_THREADS": "1", **environment}
     words = [sys.executable if word == "python" else str(word) for word in command]
     return subprocess.run(words, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+
+
+def launch(processes: int) -> list:
+    """The words before a script that this many processes run."""
+    return ["python", ROOT / "launch.py", f"--nproc-per-node={processes}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 
 def assert_one_line_error(result, *words):

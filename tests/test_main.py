@@ -74,7 +74,7 @@ def test_wrong_command_lines_end_in_one_line(arguments, words, capfd):
 ])
 def test_what_only_the_data_or_the_machine_can_tell(arguments, words, tmp_path):
     arguments = [a.format(tmp=tmp_path) for a in arguments]
-    environment = {"CUDA_VISIBLE_DEVICES": "", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    environment = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     result = run("python", "main.py", *arguments, "--ckpt_dir", tmp_path, "--wandb", "disabled", **environment)
     assert_one_line_error(result, *[w.format(tmp=tmp_path) for w in words])
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, flags, run, tiny
+from conftest import GPU, ROOT, assert_one_line_error, flags, launch, run, tiny
 from test_logging_utils import read_wandb
 
 import saving
@@ -40,6 +41,44 @@ def test_one_process_two_processes_and_two_accumulation_steps_agree(tmp_path):
         for part, theirs in ((state["net"], other["net"]), (state["ema"]["net"], other["ema"]["net"])):
             for key in part:
                 torch.testing.assert_close(theirs[key], part[key], rtol=0, atol=1e-4)
+
+
+def test_gradients_are_exchanged_once_a_step(tmp_path):
+    """Two processes, three micro-batches, two steps: each bucket of gradients is reduced twice, not six times."""
+    script = tmp_path / "count.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from data_utils import load_dataset
+from main import leave, read_config
+from trainer import DiffusionTrainer
+dist.init_process_group("gloo")
+trainer, buckets = DiffusionTrainer(read_config(sys.argv[1:]), load_dataset("digits"), torch.device("cpu")), []
+def hook(state, bucket):
+    buckets.append(bucket.index())
+    return allreduce_hook(state, bucket)
+trainer.ddp.register_comm_hook(dist.group.WORLD, hook)
+trainer.train()
+assert buckets and all(buckets.count(i) == 2 for i in set(buckets)), buckets
+leave(None, torch.device("cpu"))
+""")
+    config = tiny(tmp_path, batch_size=12, accumulation_steps=3, num_training_steps=2, warmup_steps=0)
+    result = run(*launch(2), script, *flags(config))
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU here")
+def test_on_a_gpu(tmp_path):
+    """As a user has it there: bf16 and torch.compile on. The loss falls, and samples are drawn."""
+    environment = dict(GPUS="1", CUDA_VISIBLE_DEVICES=GPU)
+    config = tiny(tmp_path, num_training_steps=100, base_lr=3e-3, log_every=50, dropout=0.1, accumulation_steps=2)
+    result = run("sh", ROOT / "run.sh", *flags(config), "--device", "cuda", **environment)
+    assert result.returncode == 0 and "1 x cuda" in result.stdout, result.stderr
+    first, last = (json.loads(line)["loss"] for line in open(tmp_path / "digits" / "metrics.jsonl"))
+    assert last < first
+    drawn = run("python", "sample.py", "--ckpt", tmp_path / "digits" / "last.pt", "--num", "20", "--out", tmp_path / "x.npz", **environment)
+    assert drawn.returncode == 0, drawn.stderr
 
 
 def test_preset_through_run_sh_with_wandb(tmp_path):
@@ -143,7 +182,6 @@ sys.exit(subprocess.call(sys.argv[1:], restore_signals=False))"""
 def test_a_crash_keeps_its_traceback_and_a_signal_is_named(tmp_path):
     (tmp_path / "crash.py").write_text("raise RuntimeError('a bug')")
     (tmp_path / "killed.py").write_text("import os; os.kill(os.getpid(), 9)")
-    launch = ["python", ROOT / "launch.py", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    crash, killed = run(*launch, tmp_path / "crash.py"), run(*launch, tmp_path / "killed.py")
+    crash, killed = run(*launch(1), tmp_path / "crash.py"), run(*launch(1), tmp_path / "killed.py")
     assert crash.returncode == 1 and crash.stderr.count("Traceback") == 1 and "a bug" in crash.stderr
     assert killed.returncode == 137 and "SIGKILL" in killed.stderr and "Traceback" not in killed.stderr

@@ -1,11 +1,12 @@
 """Helpers: choosing by name, shapes, pixel ranges, seeds and noise by row, shares of rows, torchvision's import, whole files."""
 
 import os
+import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, launch, run
 
 import utils
 from utils import RowNoise, UserError, append_dims, choose, gather_rows, make_seed, mean_flat, on_rank0, share, to_uint8, write_atomically
@@ -93,7 +94,7 @@ except UserError as error:
     assert str(error) == "told once"
 import os; os._exit(0)  # as main.leave does
 """)
-    result = run("python", ROOT / "launch.py", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", script)
+    result = run(*launch(2), script)
     assert result.returncode == 0, result.stderr
 
 
@@ -138,3 +139,10 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(monkeypatch, capsys)
     with utils.Progress("decoding", 100, "image") as progress:
         progress.update(30, "still decoding")
         assert progress.bar.n == 30 and "still decoding:  30%" in str(progress.bar)
+
+
+def test_a_terminal_that_tells_no_width_has_a_bar():
+    terminal, its_end = os.openpty()  # 0 columns, as long as nobody sets them
+    code = "import utils; bar = utils.progress_bar(total=2); bar.update(); bar.close()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=its_end, check=True)
+    assert "50%|" in os.read(terminal, 10_000).decode()
