@@ -92,6 +92,13 @@ def test_flips_and_label_dropout_have_their_rates(tmp_path, digits):
     assert unconditional.label is None
 
 
+def test_each_step_has_dropout_of_its_own(tmp_path, digits, monkeypatch):
+    trainer, seeds, manual_seed = make(tmp_path, digits, dropout=0.3), [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
+    trainer.train()
+    assert len(set(seeds)) == len(seeds) == 4
+
+
 def test_accumulation_changes_nothing(tmp_path, digits):
     """Neither the weights nor the norm of the gradient, which Adam and clipping would hide."""
     runs = [make(tmp_path, digits, run_name=f"a{parts}", accumulation_steps=parts, base_lr=1e-3) for parts in (1, 2, 4)]

@@ -106,7 +106,11 @@ def test_torchvision_imports_beside_a_cpu_torch():
 
 def test_write_atomically_leaves_the_old_file(tmp_path):
     path = str(tmp_path / "file")
+    write_atomically(path, lambda file: file.write(b"older"))
+    os.link(path, tmp_path / "link")
     write_atomically(path, lambda file: file.write(b"old"))
+    assert (tmp_path / "link").read_text() == "older"  # the new file took the name; the old one was not written into
+    os.remove(tmp_path / "link")
 
     def fails(file):
         file.write(b"half")
