@@ -92,8 +92,9 @@ PRESETS = {
     "cifar10": {},
     "cifar10_debug": dict(
         run_name="cifar10_debug", overfit_one_batch=True, random_flip=False, model_channels=32, dropout=0.0,
-        attention_resolutions=(8,), num_res_blocks=1, batch_size=16, num_training_steps=300, base_lr=1e-3, warmup_steps=20,
-        ema_decay=0.99, sampling_steps=20, num_samples=16, log_every=10, sample_every=100, save_every=100,
+        attention_resolutions=(8,), num_res_blocks=1, batch_size=16, num_training_steps=1000, base_lr=2e-3,
+        lr_schedule="cosine", warmup_steps=20, ema_decay=0.99, sampling_steps=20, num_samples=16, log_every=10, sample_every=250,
+        save_every=250,
     ),
     "digits": dict(
         run_name="digits", dataset="digits", random_flip=False, class_conditional=True, model_channels=24, channel_mults=(1, 2),

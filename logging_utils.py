@@ -193,17 +193,19 @@ def image_grid(images, columns: int):
     return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
 
 
-def scatter_plot(samples, data):
-    """Samples (N, D) beside data (M, D), first and last coordinate -> a PIL image."""
+def scatter_plot(samples, data=None):
+    """Samples (N, D), beside data (M, D) if given, first and last coordinate -> a PIL image."""
     from matplotlib.figure import Figure
     from PIL import Image
 
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, points, title in zip(panels, (samples, data), ("samples", "data")):
+    shown = {"samples": samples} if data is None else {"samples": samples, "data": data}
+    figure = Figure(figsize=(5 * len(shown), 5), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (title, points) in zip(panels, shown.items()):
         axes.scatter(points[:, 0], points[:, -1], s=3, alpha=0.5, linewidths=0)
         axes.set(title=title, aspect="equal")
-    low, high = np.quantile(np.asarray(data)[:, [0, -1]], [0.001, 0.999], axis=0)  # so that a stray sample does not set the scale
+    scale = np.asarray(samples if data is None else data)[:, [0, -1]]
+    low, high = np.quantile(scale, [0.001, 0.999], axis=0)  # so that a stray sample does not set the scale
     margin = 0.25 * (high - low).max() or 1.0
     panels[0].set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
     buffer = io.BytesIO()

@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
                 arrays["arr_1"] = labels.numpy()
             write_atomically(options.out, lambda file: np.savez(file, **arrays))
             first = samples[:100] if spec.is_image else samples
-            picture = image_grid(first, columns=10) if spec.is_image else scatter_plot(first, first)
+            picture = image_grid(first, columns=10) if spec.is_image else scatter_plot(first)
             write_atomically(png, lambda file: picture.save(file, format="PNG"))
 
         on_rank0(write)

@@ -259,20 +259,20 @@ class DiffusionTrainer:
         self.restart_clock()
 
     def picture(self, points: Tensor):
-        """Samples or data, uint8 images or vectors -> a picture: a grid, with a class a column if there are few, or a scatter plot."""
+        """Samples or data, uint8 images or vectors -> a picture: a grid, by class if these are few, a class a column, or a scatter plot."""
         if not self.spec.is_image:
             return scatter_plot(points, self.dataset.data[:2000])
-        few = 0 < self.spec.num_classes <= 16
+        few = self.config.class_conditional and self.spec.num_classes <= 16
         return image_grid(points, self.spec.num_classes if few else max(1, round(len(points) ** 0.5)))
 
     def show_data(self) -> None:
-        """Saves a picture of real data, to lay beside the samples: the one batch to overfit, or images by class, as in the grids."""
+        """Saves a picture of real data, to lay beside the samples: the one batch to overfit, or the classes in turn, as in the grids."""
         data, classes = self.dataset.data, self.spec.num_classes
         by_class = [np.arange(len(data))]
         if self.config.overfit_one_batch:
             by_class = [self.batches.indices(0)]
-        elif 0 < classes <= 16:
-            by_class = [np.flatnonzero(self.dataset.labels == k) for k in range(classes)]
+        elif classes:
+            by_class = [np.flatnonzero(self.dataset.labels == k) for k in range(min(classes, self.config.num_samples))]
         blank = np.zeros(self.spec.shape, data.dtype)  # for a label that no item has
         shown = [(by_class[i % len(by_class)], i // len(by_class)) for i in range(self.config.num_samples)]
         images = np.stack([data[of[n % len(of)]] if len(of) else blank for of, n in shown])

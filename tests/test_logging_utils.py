@@ -97,6 +97,7 @@ def test_scatter_plot(dimensions):
     picture = scatter_plot(points, points)
     assert picture.size == (1000, 500) and len(np.unique(np.asarray(picture))) > 20
     scatter_plot(points[:1], points[:1])  # a single point has no extent
+    assert scatter_plot(points).size == (500, 500)  # samples alone
 
 
 def test_wandb_offline_holds_everything(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_every_option_matters(checkpoints, tmp_path):
 def test_points(checkpoints, tmp_path):
     file = sample(tmp_path, checkpoints / "points" / "last.pt", "--num", "40")
     assert file["arr_0"].shape == (40, 2) and file["arr_0"].dtype == np.float32 and file.files == ["arr_0"]
-    assert Image.open(tmp_path / "x.png").size == (1000, 500)
+    assert Image.open(tmp_path / "x.png").size == (500, 500)  # the checkpoint holds no data to lay beside
 
 
 def test_one_line_errors(checkpoints, tmp_path):

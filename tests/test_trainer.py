@@ -198,6 +198,10 @@ def test_the_end_names_the_picture_of_the_sampler(tmp_path, digits, capsys):
     assert os.path.join("samples", "ema_euler_0000004.png") in capsys.readouterr().out
 
 
+def trainer_picture(trainer, n):
+    return DiffusionTrainer.picture(trainer, torch.zeros(n, 1, 8, 8, dtype=torch.uint8))
+
+
 def test_real_data_stand_by_class(tmp_path, digits):
     trainer, shown = make(tmp_path, digits, num_samples=30), []
     trainer.picture = lambda points: shown.append(points) or __import__("PIL.Image").Image.new("RGB", (8, 8))
@@ -206,12 +210,16 @@ def test_real_data_stand_by_class(tmp_path, digits):
         same = (digits.data == image.numpy()).all(axis=(1, 2, 3))
         assert i % 10 in digits.labels[same]
     assert len(np.unique(shown[0].numpy(), axis=0)) > 25
+    assert trainer_picture(trainer, 40).width == trainer_picture(trainer, 10).width  # ten columns, a class each
+    trainer.config = dataclasses.replace(trainer.config, class_conditional=False)
+    square = trainer_picture(trainer, 36)
+    assert square.width == square.height
     trainer.config = dataclasses.replace(trainer.config, overfit_one_batch=True)
     trainer.show_data()
     assert np.array_equal(shown[1][:16], digits.data[trainer.batches.indices(0)])
 
 
-def test_a_label_that_no_item_has_and_no_labels_at_all(tmp_path, digits):
+def test_a_label_that_no_item_has_many_labels_and_none(tmp_path, digits):
     """Labels 0 and 2 only: the place of label 1 among the real data stays blank."""
     images = np.full((4, 1, 8, 8), 100, np.uint8)
     trainer = make(tmp_path, make_dataset(images, np.array([0, 2, 0, 2])), num_samples=6)
@@ -219,6 +227,11 @@ def test_a_label_that_no_item_has_and_no_labels_at_all(tmp_path, digits):
     trainer.picture = lambda points: shown.append(points) or __import__("PIL.Image").Image.new("RGB", (8, 8))
     trainer.show_data()
     assert shown[0].amax((1, 2, 3)).tolist() == [100, 0, 100, 100, 0, 100]
+    labels = np.arange(80) % 40  # more classes than samples: the first of them, as the samples' labels
+    many = make(tmp_path, make_dataset(np.broadcast_to(labels[:, None, None, None], (80, 1, 8, 8)).astype(np.uint8), labels), run_name="many")
+    many.picture = trainer.picture
+    many.show_data()
+    assert shown[1].amax((1, 2, 3)).tolist() == list(range(10))
     with pytest.raises(UserError, match="has no labels"):
         make(tmp_path, make_dataset(images, None), run_name="unlabelled")
 
