@@ -228,7 +228,8 @@ def test_a_label_that_no_item_has_many_labels_and_none(tmp_path, digits):
     trainer.show_data()
     assert shown[0].amax((1, 2, 3)).tolist() == [100, 0, 100, 100, 0, 100]
     labels = np.arange(80) % 40  # more classes than samples: the first of them, as the samples' labels
-    many = make(tmp_path, make_dataset(np.broadcast_to(labels[:, None, None, None], (80, 1, 8, 8)).astype(np.uint8), labels), run_name="many")
+    images = np.broadcast_to(labels[:, None, None, None], (80, 1, 8, 8)).astype(np.uint8)
+    many = make(tmp_path, make_dataset(images, labels), run_name="many")
     many.picture = trainer.picture
     many.show_data()
     assert shown[1].amax((1, 2, 3)).tolist() == list(range(10))
