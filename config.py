@@ -143,29 +143,34 @@ MAY_CHANGE = {
 }
 
 
+def out_of_range(settings: dict) -> list[str]:
+    """Numbers that cannot be used, one line each. A setting that is absent or None is passed over, so that sample.py can ask too."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    found = [f"{name} is {value}: expected a finite number" for name, value in given.items()
+             if isinstance(value, float) and not math.isfinite(value)]
+    positive = ("batch_size", "accumulation_steps", "num_training_steps", "base_lr", "sampling_steps", "num_samples", "log_every",
+                "sampling_batch_size", "image_size", "model_channels", "num_res_blocks", "hidden_dim", "num_layers", "logit_normal_scale",
+                "num")
+    not_negative = ("warmup_steps", "weight_decay", "grad_clip_norm", "sample_every", "save_every", "min_lr")
+    shares = ("dropout", "label_dropout", "ema_decay")
+    for names, expected, fits in (
+        (positive, "more than 0", lambda value: value > 0),
+        (not_negative, "0 or more", lambda value: value >= 0),
+        (("seed",), "0 or more, and less than 2^32", lambda value: 0 <= value < 2**32),
+        (("model_channels",), "2 or more, or the network cannot see the time", lambda value: value != 1),
+        (shares, "a number in [0, 1)", lambda value: 0 <= value < 1),
+    ):
+        found += [f"{name} is {given[name]}: expected {expected}" for name in names if name in given and not fits(given[name])]
+    return found
+
+
 def problems(c: Config, world_size: int) -> list[str]:
     """Settings out of range, or that contradict each other, one line each with the way out; an empty list if all is well.
 
     `world_size` is the number of processes. What depends on the data or on a formula is checked where it is known
     (data_utils.load_dataset, sampling.check_times), also before any data is read.
     """
-    found = [f"{name} is {value}: expected a finite number" for name, value in vars(c).items()
-             if isinstance(value, float) and not math.isfinite(value)]
-    positive = ("batch_size", "accumulation_steps", "num_training_steps", "base_lr", "sampling_steps", "num_samples", "log_every",
-                "sampling_batch_size", "image_size", "model_channels", "num_res_blocks", "hidden_dim", "num_layers", "logit_normal_scale")
-    for name in positive:
-        if not getattr(c, name) > 0:
-            found.append(f"{name} is {getattr(c, name)}: expected more than 0")
-    for name in ("seed", "warmup_steps", "weight_decay", "grad_clip_norm", "sample_every", "save_every", "min_lr"):
-        if not getattr(c, name) >= 0:
-            found.append(f"{name} is {getattr(c, name)}: expected 0 or more")
-    if c.seed >= 2**32:
-        found.append(f"seed is {c.seed}: expected less than 2^32")
-    if c.model_channels == 1:
-        found.append("model_channels is 1: expected 2 or more, or the network cannot see the time")
-    for name in ("dropout", "label_dropout", "ema_decay"):
-        if not 0 <= getattr(c, name) < 1:
-            found.append(f"{name} is {getattr(c, name)}: expected a number in [0, 1)")
+    found = out_of_range(vars(c))
     if found:
         return found
 

@@ -7,12 +7,11 @@ and i, to rounding: neither the batch size nor the number of processes changes i
 """
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass
 from typing import Literal
 
-from config import CHOICES, Config
+from config import CHOICES, Config, out_of_range
 from main import fail, parse, set_up, start
 
 
@@ -50,13 +49,8 @@ def read_labels(text: str, num: int, num_classes: int):
 def main(arguments: list[str]) -> None:
     choices = {name: CHOICES[name] for name in ("sampler", "sde_diffusion")}
     options = parse(Options, arguments, description="Draws samples from a checkpoint.", choices=choices)
-    for name in ("num", "batch_size", "sampling_steps"):
-        if getattr(options, name) is not None and getattr(options, name) <= 0:
-            fail(f"{name} is {getattr(options, name)}: expected more than 0")
-    if not 0 <= options.seed < 2**32:
-        fail(f"seed is {options.seed}: expected 0 or more, and less than 2^32")
-    if not math.isfinite(options.guidance_scale or 1):
-        fail(f"guidance_scale is {options.guidance_scale}: expected a finite number")
+    for problem in out_of_range(vars(options)):
+        fail(problem)
     folder, png = os.path.dirname(options.out) or ".", os.path.splitext(options.out)[0] + ".png"
     if not options.out.endswith(".npz") or not os.access(folder, os.W_OK) or os.path.isdir(options.out) or os.path.isdir(png):
         fail(f"out is {options.out!r}: expected a FILE.npz in a folder that is there and can be written")

@@ -151,8 +151,6 @@ def test_metrics_window_goes_on(tmp_path, digits):
         broken.train()
     make(tmp_path, digits, run_name="broken", **settings).train()
     (a,), (b,) = ([line for line in open(tmp_path / name / "metrics.jsonl")] for name in ("straight", "broken"))
-    import json
-
     a, b = json.loads(a), json.loads(b)
     a.pop("images_per_second"), b.pop("images_per_second")
     assert a == b and a["step"] == 4
