@@ -28,17 +28,32 @@ class Config:
 
     # ---- Process: xt = alpha(t) x0 + sigma(t) x1, with t = 0 data and t = 1 noise
     process: str = "rf"  # How data turns into noise.
-    beta_min: float = 0.1  # linear_vp: noise rate beta at t = 0.
-    beta_max: float = 20.0  # linear_vp: noise rate beta at t = 1.
+    beta_min: float = 0.1  # linear_vp, sub_vp: noise rate beta at t = 0.
+    beta_max: float = 20.0  # linear_vp, sub_vp: noise rate beta at t = 1.
+    sigma_min: float = 0.002  # ve, ve_linear, edm: sigma at t = 0 (Song et al. 2021 take 0.01 for ve).
+    sigma_max: float = 80.0  # ve, ve_linear, edm: sigma at t = 1 (Song et al. 2021 take 50 for ve).
+    rho: float = 7.0  # Process edm and grid edm: sigma^(1 / rho) takes equal steps.
+    coupling: str = "independent"  # Which noise goes with which data in a batch; ot_within_class for conditional models.
     T_min: float = 1e-4  # Least time, in training and sampling.
     T_max: float = 0.9999  # Greatest time, in training and sampling.
 
-    # ---- Prediction and training times
+    # ---- Prediction, loss and training times
     model_type: str = "velocity"  # What the network outputs.
     target_type: str = "velocity"  # What the squared error compares, after conversion of the network's output.
+    precondition: bool = False  # Show the network xt at unit variance, and log(sigma / alpha) / 4 for t, as EDM does.
+    sigma_data: float = 0.5  # Standard deviation of the data, for precondition, prediction edm and weighting edm; 1 for vectors.
+    loss_weighting: str = "none"  # Weight of each time in the loss; but for none, as a weight of the squared error of x0.
+    min_snr_gamma: float = 5.0  # min_snr: the greatest weight.
+    sigmoid_bias: float = 2.0  # sigmoid: log-SNR at which the weight is half of the likelihood's.
     time_sampler: str = "uniform"  # How training times are drawn.
+    importance_weights: bool = False  # Weigh the losses by 1 / density of their times, so that the mean is that of uniform times.
     logit_normal_loc: float = 0.0  # logit_normal: mean of logit(t); above 0 means more noise.
     logit_normal_scale: float = 1.0  # logit_normal: standard deviation of logit(t).
+    edm_P_mean: float = -1.2  # edm_log_normal: mean of log(sigma / alpha).
+    edm_P_std: float = 1.2  # edm_log_normal: standard deviation of log(sigma / alpha).
+    time_beta_a: float = 1.0  # beta: first parameter of the Beta distribution; larger means more noise.
+    time_beta_b: float = 2.0  # beta: second parameter; larger means less noise.
+    mode_scale: float = 1.29  # mode: above 0 prefers the middle, below 0 the ends; from -1 to 1.75.
 
     # ---- Network
     network: str = "unet"  # Architecture; every one is called as net(xt, t, label).
@@ -64,12 +79,24 @@ class Config:
     grad_clip_norm: float = 1.0  # Gradients of a larger norm are scaled down to this one; 0 turns it off.
     ema_decay: float = 0.9999  # Decay of the moving average of the weights; shorter at the start, as (1 + n) / (10 + n).
 
-    # ---- Sampling: the grids drawn in training, and the defaults of sample.py
+    # ---- Sampling: the grids of samples drawn in training, and the defaults of sample.py
     sampler: str = "heun"  # Sampler of the first row of grids, and of sample.py.
-    sde_sampler: str = "euler_maruyama"  # Sampler of the second row of grids.
-    sde_diffusion: str = "sigma"  # Noise that the SDE adds, as g(t)^2 / 2; delta is the exact reversal of the process.
+    sde_sampler: str | None = "euler_maruyama"  # Sampler of the second row of grids; None: no second row.
     sampling_steps: int = 50  # Steps from T_max to T_min; heun takes two network calls in each but the last.
+    grid: str = "uniform"  # Times of the steps.
+    grid_shift: float = 3.0  # shifted: above 1 for shorter steps near the noise.
+    sde_diffusion: str = "sigma"  # Noise that the SDE adds, as g(t)^2 / 2; delta is the exact reversal of the process.
+    sde_scale: float = 1.0  # Factor of sde_diffusion; 0 makes the SDE the ODE.
+    corrector_snr: float = 0.16  # predictor_corrector: size of Langevin's step.
+    churn: float = 30.0  # edm_churn: EDM's S_churn, noise added in a step, in shares of the noise there, times the number of steps.
+    churn_min: float = 0.01  # edm_churn: least sigma / alpha at which noise is added.
+    churn_max: float = 1.0  # edm_churn: greatest sigma / alpha at which noise is added.
+    churn_noise: float = 1.0  # edm_churn: standard deviation of that noise; EDM takes up to 1.007 against lost detail.
+    rtol: float = 1e-5  # dopri5 and likelihood: relative tolerance.
+    atol: float = 1e-5  # dopri5 and likelihood: absolute tolerance.
     guidance_scale: float = 1.0  # Classifier-free guidance; 1 is none.
+    guidance_t_min: float = 0.0  # Least time at which guidance acts.
+    guidance_t_max: float = 1.0  # Greatest time at which guidance acts.
     num_samples: int = 64  # Samples in a grid.
     sampling_batch_size: int = 500  # Samples that one process draws at once.
 
@@ -113,9 +140,14 @@ PRESETS = {
         ema_decay=0.999, num_samples=100, sample_every=4000, save_every=4000,
     ),
     "image_folder": dict(run_name="image_folder", dataset="image_folder", data_dir="data/images", class_conditional=True),
+    "cifar10_edm": dict(
+        run_name="cifar10_edm", process="edm", model_type="edm", target_type="edm", precondition=True, time_sampler="edm_log_normal",
+        T_min=0.0, T_max=1.0, sampling_steps=18, sde_sampler="edm_churn",
+    ),
     "moons": dict(
-        run_name="moons", dataset="moons", network="mlp", random_flip=False, dropout=0.0, batch_size=512, num_training_steps=3000,
-        base_lr=2e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.99, num_samples=2000, sample_every=1000, save_every=1000,
+        run_name="moons", dataset="moons", network="mlp", random_flip=False, sigma_data=1.0, dropout=0.0, batch_size=512,
+        num_training_steps=3000, base_lr=2e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.99, num_samples=2000,
+        sample_every=1000, save_every=1000,
     ),
 }
 
@@ -124,22 +156,26 @@ PRESETS = {
 CHOICES = {
     "dataset": ("data_utils.py", "DATASETS", str),
     "process": ("processes.py", "PROCESSES"),
+    "coupling": ("couplings.py", "COUPLINGS"),
     "model_type": ("prediction.py", "PREDICTIONS"),
     "target_type": ("prediction.py", "PREDICTIONS"),
+    "loss_weighting": ("prediction.py", "LOSS_WEIGHTINGS"),
     "time_sampler": ("time_samplers.py", "TIME_SAMPLERS"),
     "network": ("trainer.py", "NETWORKS"),
     "lr_schedule": ("optimizers.py", "SCHEDULES"),
     "sampler": ("sampling.py", "SAMPLERS"),
-    "sde_sampler": ("sampling.py", "SAMPLERS"),
+    "sde_sampler": ("sampling.py", "SDE_SAMPLERS", type(None)),
+    "grid": ("sampling.py", "GRIDS"),
     "sde_diffusion": ("sampling.py", "DIFFUSIONS"),
 }
 
 # Settings that may differ when a run goes on: they change how it is run and watched, and what it computes by no more than rounding
 # (device, bf16, ...) or the draws of dropout (accumulation_steps).
 MAY_CHANGE = {
-    "ckpt_dir", "data_dir", "accumulation_steps", "num_training_steps", "sampler", "sde_sampler", "sde_diffusion", "sampling_steps",
-    "guidance_scale", "num_samples", "sampling_batch_size", "log_every", "sample_every", "save_every", "wandb", "wandb_project", "device",
-    "bf16", "compile", "channels_last", "tf32",
+    "ckpt_dir", "data_dir", "accumulation_steps", "num_training_steps", "sampler", "sde_sampler", "sampling_steps", "grid", "grid_shift",
+    "sde_diffusion", "sde_scale", "corrector_snr", "churn", "churn_min", "churn_max", "churn_noise", "rtol", "atol", "guidance_scale",
+    "guidance_t_min", "guidance_t_max", "num_samples", "sampling_batch_size", "log_every", "sample_every", "save_every", "wandb",
+    "wandb_project", "device", "bf16", "compile", "channels_last", "tf32",
 }
 
 
@@ -150,8 +186,9 @@ def out_of_range(settings: dict) -> list[str]:
              if isinstance(value, float) and not math.isfinite(value)]
     positive = ("batch_size", "accumulation_steps", "num_training_steps", "base_lr", "sampling_steps", "num_samples", "log_every",
                 "sampling_batch_size", "image_size", "model_channels", "num_res_blocks", "hidden_dim", "num_layers", "logit_normal_scale",
-                "num")
-    not_negative = ("warmup_steps", "weight_decay", "grad_clip_norm", "sample_every", "save_every", "min_lr")
+                "edm_P_std", "time_beta_a", "time_beta_b", "min_snr_gamma", "sigma_data", "rho", "grid_shift", "rtol", "atol", "num")
+    not_negative = ("warmup_steps", "weight_decay", "grad_clip_norm", "sample_every", "save_every", "min_lr", "sde_scale", "corrector_snr",
+                    "churn", "churn_min", "churn_noise")
     shares = ("dropout", "label_dropout", "ema_decay")
     for names, expected, fits in (
         (positive, "more than 0", lambda value: value > 0),
@@ -159,8 +196,12 @@ def out_of_range(settings: dict) -> list[str]:
         (("seed",), "0 or more, and less than 2^32", lambda value: 0 <= value < 2**32),
         (("model_channels",), "2 or more, or the network cannot see the time", lambda value: value != 1),
         (shares, "a number in [0, 1)", lambda value: 0 <= value < 1),
+        (("mode_scale",), "a number from -1 to 1.75, or the times would not be one to one", lambda value: -1 <= value <= 1.75),
     ):
         found += [f"{name} is {given[name]}: expected {expected}" for name in names if name in given and not fits(given[name])]
+    for low, high in (("guidance_t_min", "guidance_t_max"), ("churn_min", "churn_max")):
+        if low in given and high in given and given[low] > given[high]:
+            found.append(f"{low} {given[low]} is above {high} {given[high]}: lower --{low}, or raise --{high}")
     return found
 
 
@@ -187,6 +228,10 @@ def problems(c: Config, world_size: int) -> list[str]:
         found.append(f"T_min {c.T_min} and T_max {c.T_max}: expected 0 <= T_min < T_max <= 1, such as --T_min 1e-4 --T_max 0.9999")
     if not 0 < c.beta_min <= c.beta_max:
         found.append(f"beta_min {c.beta_min} and beta_max {c.beta_max}: expected 0 < beta_min <= beta_max, such as 0.1 and 20")
+    if not 0 < c.sigma_min < c.sigma_max:
+        found.append(f"sigma_min {c.sigma_min} and sigma_max {c.sigma_max}: expected 0 < sigma_min < sigma_max, such as 0.002 and 80")
+    if c.coupling == "ot_within_class" and not c.class_conditional:
+        found.append("coupling ot_within_class needs labels: use --class_conditional True, or --coupling ot")
     if c.guidance_scale != 1 and not c.class_conditional:
         found.append(f"guidance_scale {c.guidance_scale} needs labels: use --class_conditional True, or --guidance_scale 1")
     if c.guidance_scale != 1 and c.class_conditional and c.label_dropout == 0:

@@ -40,10 +40,15 @@ def fail(message: str, status: int = 2):
 def names_in(file: str, table: str) -> tuple[str, ...]:
     """The keys of the dictionary `table` in `file`, read from its source: importing it would import torch, and `--help` would wait."""
     with open(os.path.join(HERE, file)) as source:
-        for node in ast.parse(source.read()).body:
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == table:
-                return tuple(key.value for key in node.value.keys)
-    raise LookupError(f"no dictionary {table} in {file}")
+        body = ast.parse(source.read()).body
+    values = {getattr(node.targets[0], "id", None): node.value for node in body if isinstance(node, ast.Assign)}
+
+    def keys(value):
+        if isinstance(value, ast.BinOp):  # of two dictionaries, A | B
+            return keys(value.left) + keys(value.right)
+        return keys(values[value.id]) if isinstance(value, ast.Name) else tuple(key.value for key in value.keys)
+
+    return keys(values[table])
 
 
 def parse(cls: type, arguments: list[str], default=None, description: str | None = None, choices: dict | None = None):
@@ -190,14 +195,14 @@ def main(arguments: list[str]) -> None:
     config = read_config(arguments)
     with set_up(config.device, config.tf32) as device:
         from data_utils import check_labels, load_dataset
-        from processes import PROCESSES
+        from processes import make_process
         from sampling import check_times
         from trainer import DiffusionTrainer
-        from utils import choose, print0, rank0_first, world_size
+        from utils import print0, rank0_first, world_size
 
         print0(f"{config.run_name} on {world_size()} x {device.type}\n{in_short(config)}")
-        process = choose(PROCESSES, config.process, **dataclasses.asdict(config))
-        check_times(process, config.model_type, config.target_type, config.sde_diffusion, config.T_min, config.T_max)
+        settings = dataclasses.asdict(config)
+        check_times(**{**settings, "process": make_process(**settings)})
         if config.class_conditional:
             check_labels(config.dataset)
         dataset = rank0_first(lambda first: load_dataset(config.dataset, config.data_dir, config.image_size, download=first))

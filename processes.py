@@ -1,10 +1,10 @@
 """Processes that turn data into noise: xt = alpha(t) x0 + sigma(t) x1, with x0 data, x1 ~ N(0, I), and t from 0 (data) to 1 (noise).
 
-A process is four formulas: alpha, sigma and their derivatives in t, each taking t of shape (B,) to (B,). All else follows in
-`Process`. The linear SDE dx = f x dt + g dW has the marginals of xt when f = alpha_dot / alpha and g^2 = 2 delta with
-delta = sigma sigma_dot - (alpha_dot / alpha) sigma^2 (Lu et al. 2022, "DPM-Solver", section 2.1).
+A process is alpha and sigma, each taking t of any shape to the same shape, and their derivatives in t; a class that gives none
+gets them by automatic differentiation. All else follows in `Coefs`. The linear SDE dx = f x dt + g dW has the marginals of xt when
+f = alpha_dot / alpha and g^2 = 2 delta with delta = sigma sigma_dot - f sigma^2 (Lu et al. 2022, "DPM-Solver", section 2.1).
 
-To add a process, write a class of four formulas and give it a row in PROCESSES. Its `__init__` may name settings of config.py.
+To add a process, write a class of two formulas and give it a row in PROCESSES. Its `__init__` may name settings of config.py.
 """
 
 import math
@@ -13,20 +13,48 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils import append_dims
+from utils import append_dims, choose, invert
 
 
 class Coefs(NamedTuple):
-    """alpha, sigma and their derivatives at the times of a batch, each (B, 1, ..., 1)."""
+    """alpha, sigma and their derivatives at some times, and what follows from them; `sigma_data` is the data's standard deviation."""
 
     alpha: Tensor
     sigma: Tensor
     alpha_dot: Tensor
     sigma_dot: Tensor
+    sigma_data: float = 0.5
+
+    @property
+    def f(self) -> Tensor:
+        """Drift of the forward SDE dx = f x dt + g dW."""
+        return self.alpha_dot / self.alpha
+
+    @property
+    def delta(self) -> Tensor:
+        """g^2 / 2: the forward drift is velocity + delta score, the reverse drift velocity - delta score."""
+        return self.sigma * self.sigma_dot - self.f * self.sigma**2
+
+    @property
+    def g(self) -> Tensor:
+        """Noise of the forward SDE dx = f x dt + g dW."""
+        return (2 * self.delta).sqrt()
+
+    @property
+    def log_snr(self) -> Tensor:
+        """log(alpha^2 / sigma^2); its derivative in t is -2 delta / sigma^2."""
+        return 2 * (self.alpha.log() - self.sigma.log())
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of xt: alpha^2 sigma_data^2 + sigma^2."""
+        return self.alpha**2 * self.sigma_data**2 + self.sigma**2
 
 
 class Process:
-    """Base class: what follows from alpha, sigma, alpha_dot and sigma_dot."""
+    """Base class. A subclass gives alpha and sigma, and the derivatives if it wants them exact to the last digit, or fast."""
+
+    sigma_data = 0.5  # standard deviation of the data, for EDM's preconditioning and weighting; `make_process` sets it
 
     def alpha(self, t: Tensor) -> Tensor:
         raise NotImplementedError
@@ -35,35 +63,35 @@ class Process:
         raise NotImplementedError
 
     def alpha_dot(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+        return torch.func.jvp(self.alpha, (t,), (torch.ones_like(t),))[1]
 
     def sigma_dot(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+        return torch.func.jvp(self.sigma, (t,), (torch.ones_like(t),))[1]
 
-    def coefs(self, t: Tensor, ndim: int) -> Coefs:
-        """The four at t (B,), shaped to multiply a batch of `ndim` dimensions."""
-        return Coefs(*(append_dims(c(t), ndim) for c in (self.alpha, self.sigma, self.alpha_dot, self.sigma_dot)))
+    def coefs(self, t: Tensor, ndim: int = 1) -> Coefs:
+        """The coefficients at t (B,), shaped to multiply a batch of `ndim` dimensions."""
+        return Coefs(*(append_dims(c(t), ndim) for c in (self.alpha, self.sigma, self.alpha_dot, self.sigma_dot)), self.sigma_data)
+
+    def at(self, time: float) -> Coefs:
+        """The coefficients at one time: scalars in float64 on the CPU, which multiply a tensor of any type on any device."""
+        t = torch.tensor(time, dtype=torch.float64)
+        return Coefs(*(c(t) for c in (self.alpha, self.sigma, self.alpha_dot, self.sigma_dot)), self.sigma_data)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        """The t in [0, 1] of these log(alpha^2 / sigma^2), in float64, by bisection; the nearer end for those that no t has."""
+        return invert(lambda t: Coefs(self.alpha(t), self.sigma(t), t, t).log_snr, log_snr.double(), 0.0, 1.0)
 
     def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         """xt = alpha x0 + sigma x1, for x0 and x1 (B, ...) and t (B,)."""
         c = self.coefs(t, x0.ndim)
         return c.alpha * x0 + c.sigma * x1
 
-    def f(self, t: Tensor) -> Tensor:
-        """Drift of the forward SDE dx = f x dt + g dW."""
-        return self.alpha_dot(t) / self.alpha(t)
 
-    def delta(self, t: Tensor) -> Tensor:
-        """g^2 / 2: the forward drift is velocity + delta score, the reverse drift velocity - delta score."""
-        return self.sigma(t) * self.sigma_dot(t) - self.f(t) * self.sigma(t) ** 2
+class FromFunctions(Process):
+    """The process of any two functions of t: FromFunctions(lambda t: 1 - t**2, lambda t: t). They map tensors by torch's operations."""
 
-    def g(self, t: Tensor) -> Tensor:
-        """Noise of the forward SDE dx = f x dt + g dW."""
-        return (2 * self.delta(t)).sqrt()
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        """log(alpha^2 / sigma^2)."""
-        return 2 * (self.alpha(t).log() - self.sigma(t).log())
+    def __init__(self, alpha, sigma):
+        self.alpha, self.sigma = alpha, sigma
 
 
 class RectifiedFlow(Process):
@@ -130,4 +158,69 @@ class LinearVP(Process):
         return 0.5 * self.beta(t) * self.alpha(t) ** 2 / self.sigma(t)
 
 
-PROCESSES = {"rf": RectifiedFlow, "cosine": Cosine, "linear_vp": LinearVP}
+class SubVP(LinearVP):
+    """alpha of linear_vp, and sigma = 1 - alpha^2, the square of its sigma: less noise at every t (Song et al. 2021, section 3.4)."""
+
+    def sigma(self, t):
+        return -torch.expm1(2 * self.log_alpha(t))
+
+    def sigma_dot(self, t):
+        return self.beta(t) * self.alpha(t) ** 2
+
+
+class VE(Process):
+    """x0 + sigma x1: variance exploding, sigma geometric from sigma_min at t = 0 to sigma_max at t = 1 (Song et al. 2021, section 3.4)."""
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def alpha(self, t):
+        return torch.ones_like(t)
+
+    def alpha_dot(self, t):
+        return torch.zeros_like(t)
+
+    def sigma(self, t):
+        return self.sigma_min * torch.exp(math.log(self.sigma_max / self.sigma_min) * t)
+
+    def sigma_dot(self, t):
+        return math.log(self.sigma_max / self.sigma_min) * self.sigma(t)
+
+
+class EDM(VE):
+    """x0 + sigma x1, with sigma^(1 / rho) linear in t from sigma_min to sigma_max: equal steps of t are EDM's noise levels
+    (Karras et al. 2022, "Elucidating the Design Space", eq. 5 with i / (N - 1) = 1 - t)."""
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
+        super().__init__(sigma_min, sigma_max)
+        self.rho = rho
+
+    def root(self, t):
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return low + (high - low) * t, high - low  # sigma^(1 / rho) and its derivative
+
+    def sigma(self, t):
+        return self.root(t)[0] ** self.rho
+
+    def sigma_dot(self, t):
+        root, slope = self.root(t)
+        return self.rho * slope * root ** (self.rho - 1)
+
+
+class LinearVE(EDM):
+    """x0 + sigma x1, with sigma linear in t from sigma_min to sigma_max: EDM's own sigma(t) = t, rescaled (Karras et al. 2022, table 1)."""
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
+        super().__init__(sigma_min, sigma_max, rho=1.0)
+
+
+PROCESSES = {
+    "rf": RectifiedFlow, "cosine": Cosine, "linear_vp": LinearVP, "sub_vp": SubVP, "ve": VE, "ve_linear": LinearVE, "edm": EDM,
+}
+
+
+def make_process(process: str, sigma_data: float = 0.5, **settings) -> Process:
+    """The process of this name, from those of `settings` that it wants. Raises UserError for an unknown name."""
+    made = choose(PROCESSES, process, **settings)
+    made.sigma_data = sigma_data
+    return made

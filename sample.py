@@ -14,6 +14,9 @@ from typing import Literal
 from config import CHOICES, Config, out_of_range
 from main import fail, parse, set_up, start
 
+# What a network for autoguidance must share with the one it guides.
+SAME_IN_GUIDE = ("process", "beta_min", "beta_max", "sigma_min", "sigma_max", "rho", "sigma_data", "model_type")
+
 
 @dataclass
 class Options:
@@ -23,8 +26,21 @@ class Options:
     weights: Literal["ema", "raw"] = "ema"  # Averaged weights, or those of the last step.
     sampler: str | None = None  # Sampler; None: the run's own.
     sampling_steps: int | None = None  # Steps from noise to data; None: the run's own.
-    guidance_scale: float | None = None  # Classifier-free guidance, 1 is none; None: the run's own.
+    grid: str | None = None  # Times of the steps; None: the run's own.
+    grid_shift: float | None = None  # shifted: above 1 for shorter steps near the noise; None: the run's own.
+    guidance_scale: float | None = None  # Guidance, 1 is none; None: the run's own.
+    guidance_t_min: float | None = None  # Least time at which guidance acts; None: the run's own.
+    guidance_t_max: float | None = None  # Greatest time at which guidance acts; None: the run's own.
+    guide: str | None = None  # Autoguidance: checkpoint of a worse network for the same data. None: the network itself, without labels.
     sde_diffusion: str | None = None  # Noise that an SDE sampler adds; None: the run's own.
+    sde_scale: float | None = None  # Factor of sde_diffusion; None: the run's own.
+    corrector_snr: float | None = None  # predictor_corrector: size of Langevin's step; None: the run's own.
+    churn: float | None = None  # edm_churn: EDM's S_churn; None: the run's own.
+    churn_min: float | None = None  # edm_churn: least sigma / alpha at which noise is added; None: the run's own.
+    churn_max: float | None = None  # edm_churn: greatest sigma / alpha at which noise is added; None: the run's own.
+    churn_noise: float | None = None  # edm_churn: standard deviation of that noise; None: the run's own.
+    rtol: float | None = None  # dopri5: relative tolerance; None: the run's own.
+    atol: float | None = None  # dopri5: absolute tolerance; None: the run's own.
     labels: str = "all"  # Labels to draw, in turn: all, or a list such as 3,5,7.
     seed: int = 0  # Seed of the samples.
     batch_size: int = 500  # Samples that one process draws at once.
@@ -46,8 +62,37 @@ def read_labels(text: str, num: int, num_classes: int):
     return torch.tensor(chosen)[torch.arange(num) % len(chosen)]
 
 
+def load_run(path: str):
+    """Checkpoint, settings and data of a run. Raises UserError if they are not of this code."""
+    import saving
+    from data_utils import DataSpec
+    from utils import UserError
+
+    state = saving.load(path)
+    try:
+        return state, Config(**state["config"]), DataSpec(**state["data"])
+    except TypeError as error:
+        raise UserError(f"{path} was made with other settings than this code has ({error}): use that code") from error
+
+
+def load_guide(path: str, config: Config, spec, device):
+    """The averaged network at `path`, for autoguidance. Raises UserError if it is of other data, process or prediction."""
+    import saving
+    from trainer import build
+    from utils import UserError
+
+    state, theirs, data = load_run(path)
+    different = [name for name in SAME_IN_GUIDE if getattr(theirs, name) != getattr(config, name)]
+    if data != spec or different:
+        raise UserError(f"guide {path} differs in {', '.join(different) or 'its data'}: expected a run with the same data and the same "
+                        f"{', '.join(SAME_IN_GUIDE)}")
+    net = build(theirs, spec, device)[1]
+    saving.restore(net, state["ema"]["net"], path)
+    return net.eval()
+
+
 def main(arguments: list[str]) -> None:
-    choices = {name: CHOICES[name] for name in ("sampler", "sde_diffusion")}
+    choices = {name: CHOICES[name] for name in ("sampler", "grid", "sde_diffusion")}
     options = parse(Options, arguments, description="Draws samples from a checkpoint.", choices=choices)
     for problem in out_of_range(vars(options)):
         fail(problem)
@@ -58,33 +103,33 @@ def main(arguments: list[str]) -> None:
         import numpy as np
 
         import saving
-        from data_utils import DataSpec
         from logging_utils import image_grid, scatter_plot
         from sampling import check_times
         from trainer import build, draw_all
         from utils import UserError, on_rank0, print0, write_atomically
 
-        state = saving.load(options.ckpt)
-        chosen = {name: getattr(options, name) for name in ("sampler", "sampling_steps", "guidance_scale", "sde_diffusion", "seed")}
-        try:
-            config = Config(**state["config"])
-        except TypeError as error:
-            raise UserError(f"{options.ckpt} was made with other settings than this code has ({error}): use that code") from error
-        config = dataclasses.replace(config, sampling_batch_size=options.batch_size, **{k: v for k, v in chosen.items() if v is not None})
-        spec = DataSpec(**state["data"])
+        state, config, spec = load_run(options.ckpt)
+        own = {f.name for f in dataclasses.fields(Config)} - {"batch_size", "device"}
+        chosen = {name: value for name, value in vars(options).items() if name in own and value is not None}
+        config = dataclasses.replace(config, sampling_batch_size=options.batch_size, **chosen)
         if options.labels != "all" and not config.class_conditional:
             raise UserError(f"labels {options.labels!r}: the network of {options.ckpt} takes none; leave --labels out")
-        if config.guidance_scale != 1 and not (config.class_conditional and config.label_dropout > 0):
-            raise UserError("guidance_scale needs a network trained with labels and label_dropout above 0; use --guidance_scale 1")
+        guide = options.guide and load_guide(options.guide, config, spec, device)
+        if config.guidance_scale != 1 and not guide and not (config.class_conditional and config.label_dropout > 0):
+            raise UserError("guidance_scale needs a network trained with labels and label_dropout above 0, or a --guide: "
+                            "use --guidance_scale 1")
+        if guide and config.guidance_scale == 1:
+            raise UserError("guide does nothing at guidance_scale 1: use --guidance_scale 2, or leave --guide out")
         labels = read_labels(options.labels, options.num, spec.num_classes) if config.class_conditional else None
 
         try:
             process, net = build(config, spec, device)
-            check_times(process, config.model_type, config.target_type, config.sde_diffusion, config.T_min, config.T_max)
+            check_times(**{**vars(config), "process": process})
         except UserError as error:
             raise UserError(f"{options.ckpt}: {error}") from error
         saving.restore(net, state["ema"]["net"] if options.weights == "ema" else state["net"], options.ckpt)
-        samples = draw_all(config, spec, process, net.eval(), device, rows=range(options.num), labels=labels, sampler=config.sampler)
+        samples = draw_all(config, spec, process, net.eval(), device, rows=range(options.num), labels=labels, sampler=config.sampler,
+                           guide=guide)
 
         def write():
             arrays = {"arr_0": (samples.permute(0, 2, 3, 1) if spec.is_image else samples).numpy()}

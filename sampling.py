@@ -1,4 +1,4 @@
-"""From noise to data: ODE and SDE samplers, the grid of times, and classifier-free guidance.
+"""From noise to data: ODE and SDE samplers, the grids of times, classifier-free guidance and autoguidance.
 
 A sampler is a flat function `sampler(field, x, ts, noise) -> x` of a field, a state x at ts[0] and a grid ts that falls from
 ts[0] to ts[-1]. n steps take a grid of n + 1 times, and x ends at ts[-1]. Time runs backwards, so every step has dt < 0:
@@ -7,129 +7,352 @@ ts[0] to ts[-1]. n steps take a grid of n + 1 times, and x ends at ts[-1]. Time 
     SDE:  dx = (velocity - eps score) dt + sqrt(2 eps) dW      (Ma et al. 2024, "SiT", section 2)
 
 both with the same marginals, for any eps(t) >= 0; eps = delta is the exact reversal of the forward SDE (Anderson 1982).
-To add a sampler, write such a function and give it a row in SAMPLERS; a new eps is a row of DIFFUSIONS.
+To add a sampler, write such a function and give it a row in ODE_SAMPLERS or SDE_SAMPLERS; its further arguments may name settings
+of config.py. A new eps is a row of DIFFUSIONS, a new grid one of GRIDS.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from prediction import convert, target
+from prediction import convert, loss_weight, target
 from processes import Process
-from utils import RowNoise, UserError, choose
+from utils import RowNoise, UserError, call, choose
 
+# eps of the SDE at coefficients c and time t (Ma et al. 2024, table 2, halved: there w = 2 eps)
 DIFFUSIONS = {
-    "delta": lambda process, t: process.delta(t),
-    "sigma": lambda process, t: process.sigma(t),
+    "delta": lambda c: c.delta,
+    "sigma": lambda c: c.sigma,
+    "constant": lambda t: 1.0,
+    "sin2": lambda t: math.sin(math.pi * t) ** 2,
 }
 
 
 class Field:
-    """A network read as velocity and score, for given labels and guidance.
+    """A network read as any kind of prediction, for given labels and guidance: `field(x, time, "velocity")`.
 
-    `net(xt, t, label)` predicts `model_type`; `label` is (B,) int64 or None. `guidance_scale` s mixes the conditional and the
-    unconditional prediction as u + s (c - u) (Ho & Salimans 2022, eq. 6, with s = 1 + w); s = 1 takes one network call.
-    Every conversion is affine in the prediction, so it does not matter in which kind the two are mixed.
+    `net(xt, t, label)` predicts `model_type`; `label` is (B,) int64 or None. `guidance_scale` s mixes its prediction c and that of a
+    guide, u, as u + s (c - u). The guide is the network without labels (Ho & Salimans 2022, eq. 6, with s = 1 + w), or `guide`, a worse
+    network of the same call and kind (autoguidance: Karras et al. 2024, eq. 3). It acts at times in [guidance_t_min, guidance_t_max]
+    (Kynkaanniemi et al. 2024, section 3); elsewhere, and for s = 1, it is not called. Every conversion is affine in the prediction, so
+    it does not matter in which kind the two are mixed.
     """
 
-    def __init__(self, net, process: Process, model_type: str, label: Tensor | None = None, guidance_scale: float = 1.0,
-                 sde_diffusion: str = "delta"):
+    def __init__(self, net, process: Process, model_type: str, label: Tensor | None = None, guidance_scale: float = 1.0, guide=None,
+                 guidance_t_min: float = 0.0, guidance_t_max: float = 1.0, sde_diffusion: str = "delta", sde_scale: float = 1.0):
         self.net, self.process, self.model_type, self.label = net, process, model_type, label
-        self.guidance_scale, self.sde_diffusion = guidance_scale, sde_diffusion
+        self.guide = guide or (lambda x, t, label: net(x, t, None))
+        guided = guidance_scale != 1 and (guide is not None or label is not None)
+        self.guidance_scale, self.interval = guidance_scale, (guidance_t_min, guidance_t_max) if guided else (2, 2)
+        self.sde_diffusion, self.sde_scale = sde_diffusion, sde_scale
 
-    def predict(self, x: Tensor, t: Tensor) -> Tensor:
-        """The guided prediction at x (B, ...) and t (B,), in float32 or wider."""
+    def predict(self, x: Tensor, time: float) -> Tensor:
+        """The guided prediction, of model_type, at x (B, ...) and one time, in the type of x."""
+        t = torch.full((x.shape[0],), time, device=x.device, dtype=x.dtype)
         out = self.net(x, t, self.label).to(x.dtype)
-        if self.guidance_scale != 1 and self.label is not None:
-            unconditional = self.net(x, t, None).to(x.dtype)
-            out = unconditional + self.guidance_scale * (out - unconditional)
+        if self.interval[0] <= time <= self.interval[1]:
+            guide = self.guide(x, t, self.label).to(x.dtype)
+            out = guide + self.guidance_scale * (out - guide)
         return out
+
+    def __call__(self, x: Tensor, time: float, *kinds: str):
+        """The prediction at x (B, ...) and one time as this kind, or as each of these kinds, by one network call."""
+        out, c = self.predict(x, time), self.process.at(time)
+        converted = [convert(out, x, c, self.model_type, kind) for kind in kinds]
+        return converted[0] if len(kinds) == 1 else converted
 
     def velocity(self, x: Tensor, time: float) -> Tensor:
         """The velocity of the ODE at x (B, ...) and one time."""
-        t = torch.full((x.shape[0],), time, device=x.device, dtype=x.dtype)
-        return convert(self.predict(x, t), x, self.process.coefs(t, x.ndim), self.model_type, "velocity")
+        return self(x, time, "velocity")
 
-    def reverse_sde(self, x: Tensor, time: float) -> tuple[Tensor, Tensor]:
-        """Drift velocity - eps score, shape (B, ...), and g = sqrt(2 eps), a scalar, of the SDE at x and one time."""
-        t = torch.full((x.shape[0],), time, device=x.device, dtype=x.dtype)
-        c, out = self.process.coefs(t, x.ndim), self.predict(x, t)
-        eps = choose(DIFFUSIONS, self.sde_diffusion, process=self.process, t=t)[0]
-        velocity, score = (convert(out, x, c, self.model_type, kind) for kind in ("velocity", "score"))
-        return velocity - eps * score, (2 * eps).sqrt()
+    def drift(self, x: Tensor, time: float, eps: float) -> Tensor:
+        """The drift velocity - eps score of the SDE at x (B, ...) and one time."""
+        velocity, score = self(x, time, "velocity", "score")
+        return velocity - eps * score
+
+    def eps(self, t: float, t_next: float) -> float:
+        """eps on the step from t to t_next: its value in the middle, but no step adds more noise than there is at its end.
+
+        Any eps keeps the marginals; one with 2 eps |dt| > sigma(t_next)^2 would overshoot, as `constant` does near the data and `delta`
+        near the noise.
+        """
+        middle = (t + t_next) / 2
+        eps = choose(DIFFUSIONS, self.sde_diffusion, c=self.process.at(middle), t=middle)
+        return min(self.sde_scale * float(eps), self.process.at(t_next).sigma.item() ** 2 / (2 * abs(t_next - t)))
 
 
-def uniform_grid(n: int, T_min: float, T_max: float) -> list[float]:
-    """The n + 1 times of n equal steps from T_max down to T_min; both ends are exact."""
-    return [T_max + (T_min - T_max) * i / n for i in range(n)] + [T_min]
+# ---- Grids: each gives the times at u in [0, 1], from T_min at u = 0 to T_max at u = 1
 
 
-def check_times(process: Process, model_type: str, target_type: str, sde_diffusion: str, T_min: float, T_max: float) -> None:
-    """Raises UserError if what training or sampling computes from a network's output is not finite at T_min or T_max."""
+def uniform(u: Tensor, T_min: float, T_max: float) -> Tensor:
+    """Equal steps of t."""
+    return T_min + (T_max - T_min) * u
+
+
+def quadratic(u: Tensor, T_min: float, T_max: float) -> Tensor:
+    """Equal steps of sqrt(t): shorter ones near the data (Song et al. 2020, "DDIM", appendix D.2)."""
+    return (T_min**0.5 + (T_max**0.5 - T_min**0.5) * u) ** 2
+
+
+def shifted(u: Tensor, T_min: float, T_max: float, grid_shift: float) -> Tensor:
+    """Shorter steps near the noise for a shift above 1, as large images need (Esser et al. 2024, "Scaling Rectified Flow", eq. 23)."""
+    return uniform(grid_shift * u / (1 + (grid_shift - 1) * u), T_min, T_max)
+
+
+def log_snr(u: Tensor, T_min: float, T_max: float, process: Process) -> Tensor:
+    """Equal steps of the log-SNR (Lu et al. 2022, "DPM-Solver", section 3.4)."""
+    return process.time(uniform(u, process.at(T_min).log_snr, process.at(T_max).log_snr))
+
+
+def edm(u: Tensor, T_min: float, T_max: float, process: Process, rho: float) -> Tensor:
+    """Equal steps of (sigma / alpha)^(1 / rho): EDM's noise levels, on any process (Karras et al. 2022, eq. 5)."""
+    low, high = ((process.at(time).log_snr / (-2 * rho)).exp() for time in (T_min, T_max))
+    return process.time(-2 * rho * uniform(u, low, high).log())
+
+
+GRIDS = {"uniform": uniform, "quadratic": quadratic, "shifted": shifted, "log_snr": log_snr, "edm": edm}
+
+
+def make_grid(n: int, T_min: float, T_max: float, grid: str = "uniform", **settings) -> list[float]:
+    """The n + 1 times of n steps from T_max down to T_min; both ends are exact. Raises UserError if some are not finite, or do not fall."""
+    u = torch.linspace(1, 0, n + 1, dtype=torch.float64)
+    ts = [T_max, *choose(GRIDS, grid, u=u, T_min=T_min, T_max=T_max, **settings).tolist()[1:-1], T_min]
+    if not all(a > b for a, b in zip(ts, ts[1:])):
+        raise UserError(f"grid {grid} of {n} steps from {T_max} to {T_min} does not fall from time to time: use --T_min 1e-4 "
+                        "--T_max 0.9999, fewer --sampling_steps, or --grid uniform")
+    return ts
+
+
+def check_times(process: Process, model_type: str, target_type: str, T_min: float, T_max: float, loss_weighting: str = "none",
+                sampling_steps: int = 1, coupling: str = "independent", sampler: str = "euler", sde_sampler: str | None = None,
+                **settings) -> None:
+    """Raises UserError if what training or sampling computes from a network's output is not finite at T_min or T_max, or not there.
+
+    `settings` are those of LOSS_WEIGHTINGS and GRIDS.
+    """
+    for name, chosen, fix in (("sampler", sampler, "heun"), ("sde_sampler", sde_sampler, "None")):
+        if coupling != "independent" and chosen in SDE_SAMPLERS:
+            raise UserError(f"{name} {chosen} needs the score, which coupling {coupling} does not give, since its noise is not independent "
+                            f"of the data: use --{name} {fix}")
     one = torch.ones(1, 1)
-    field = Field(lambda x, t, label: one, process, model_type, sde_diffusion=sde_diffusion)
+    field = Field(lambda x, t, label: one, process, model_type)
     for name, time, fix in (("T_min", T_min, "--T_min 1e-4"), ("T_max", T_max, "--T_max 0.9999")):
         c = process.coefs(torch.tensor([time]), ndim=2)
         values = {
             f"the target {target_type}": target(target_type, c, one, one),
             f"{target_type} from a network that predicts {model_type}": convert(one, 2 * one, c, model_type, target_type),
+            f"the loss weighting {loss_weighting}": loss_weight(c, loss_weighting, target_type, **settings),
             f"the velocity from a network that predicts {model_type}": field.velocity(2 * one, time),
         }
-        if name == "T_max":  # the SDE does not come to T_min, its last step is the ODE's
-            values[f"the SDE with sde_diffusion {sde_diffusion}"] = sum(field.reverse_sde(2 * one, time))
+        if name == "T_max":  # no sampler wants the score at T_min: the last step is the ODE's
+            values[f"the score from a network that predicts {model_type}"] = field(2 * one, time, "score")
         for what, value in values.items():
             if not value.isfinite().all():
                 raise UserError(f"{name} {time}: {what} is not finite there; use {fix}")
+    make_grid(sampling_steps, T_min, T_max, process=process, **settings)
+
+
+# ---- Samplers of the ODE
 
 
 @torch.no_grad()
 def euler(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
-    """Euler's method for the ODE: order 1, n network calls."""
+    """Euler's method: order 1, n network calls."""
     for t, t_next in zip(ts[:-1], ts[1:]):
         x = x + (t_next - t) * field.velocity(x, t)
     return x
 
 
+def heun_step(field, x: Tensor, t: float, t_next: float) -> Tensor:
+    velocity = field.velocity(x, t)
+    velocity_next = field.velocity(x + (t_next - t) * velocity, t_next)
+    return x + (t_next - t) * (velocity + velocity_next) / 2
+
+
 @torch.no_grad()
 def heun(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
-    """Heun's method for the ODE: order 2, 2n - 1 network calls. The last step is Euler's (Karras et al. 2022, algorithm 1)."""
+    """Heun's method: order 2, 2n - 1 network calls. The last step is Euler's (Karras et al. 2022, algorithm 1)."""
     for t, t_next in zip(ts[:-2], ts[1:-1]):
-        velocity = field.velocity(x, t)
-        velocity_next = field.velocity(x + (t_next - t) * velocity, t_next)
-        x = x + (t_next - t) * (velocity + velocity_next) / 2
+        x = heun_step(field, x, t, t_next)
     return euler(field, x, ts[-2:])
+
+
+@torch.no_grad()
+def midpoint(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+    """The midpoint rule: order 2, 2n network calls."""
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        middle = x + (t_next - t) / 2 * field.velocity(x, t)
+        x = x + (t_next - t) * field.velocity(middle, (t + t_next) / 2)
+    return x
+
+
+@torch.no_grad()
+def rk4(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+    """The classical Runge-Kutta method: order 4, 4n network calls. It calls the network at ts[-1] too."""
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        h, middle = t_next - t, (t + t_next) / 2
+        k1 = field.velocity(x, t)
+        k2 = field.velocity(x + h / 2 * k1, middle)
+        k3 = field.velocity(x + h / 2 * k2, middle)
+        k4 = field.velocity(x + h * k3, t_next)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return x
+
+
+def solve_adaptively(slope, state, t_from: float, t_to: float, rtol: float, atol: float):
+    """The solution at t_to of d state / dt = slope(t, state), state a tensor or a tuple of them, by torchdiffeq's dopri5."""
+    from torchdiffeq import odeint
+
+    times = torch.tensor([t_from, t_to], dtype=torch.float64)
+    # step_t: it would step over t_to and interpolate, but some processes end there
+    solution = odeint(lambda t, state: slope(t.item(), state), state, times, rtol=rtol, atol=atol, method="dopri5",
+                      options={"step_t": times[1:]})
+    return solution[-1] if isinstance(state, Tensor) else [part[-1] for part in solution]
+
+
+@torch.no_grad()
+def dopri5(field, x: Tensor, ts: list[float], noise=None, rtol: float = 1e-5, atol: float = 1e-5) -> Tensor:
+    """The adaptive method of Dormand & Prince, order 5, from ts[0] to ts[-1]: `rtol` and `atol` choose the steps, not the grid.
+
+    The steps are chosen for the batch as a whole: a sample depends on the others to within the tolerance.
+    """
+    return solve_adaptively(lambda t, x: field.velocity(x, t), x, ts[0], ts[-1], rtol, atol)
+
+
+@torch.no_grad()
+def ddim(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+    """DDIM without noise: the exponential integrator of order 1, exact for a constant x0 (Song et al. 2020, eq. 12). n network calls."""
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        x0, x1 = field(x, t, "x0", "x1")
+        c = field.process.at(t_next)
+        x = c.alpha * x0 + c.sigma * x1
+    return x
+
+
+@torch.no_grad()
+def dpmpp_2m(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+    """DPM-Solver++(2M): order 2 by the x0 of the step before, n network calls (Lu et al. 2022, "DPM-Solver++", algorithm 2).
+
+    The first step and the last are of order 1: there is no step before, and none that would mend an extrapolation.
+    """
+    x0_before = h_before = None
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        now, then = field.process.at(t), field.process.at(t_next)
+        x0 = field(x, t, "x0")
+        decay = now.alpha * then.sigma / (now.sigma * then.alpha)  # exp(-h), with h the step of log(alpha / sigma)
+        h = -decay.log()
+        extrapolate = x0_before is not None and t_next > ts[-1]
+        x0_middle = x0 + (x0 - x0_before) * (h / h_before / 2) if extrapolate else x0
+        x = then.sigma / now.sigma * x + then.alpha * (1 - decay) * x0_middle
+        x0_before, h_before = x0, h
+    return x
+
+
+# ---- Samplers of the SDE. `noise()` draws as x; without it, torch's generator does. The last step is one of the ODE: no noise is
+# added that nothing could remove.
+
+
+def euler_maruyama_step(field, x: Tensor, t: float, t_next: float, noise) -> Tensor:
+    eps, dt = field.eps(t, t_next), t_next - t
+    return x + dt * field.drift(x, t, eps) + (2 * eps * -dt) ** 0.5 * noise()
 
 
 @torch.no_grad()
 def euler_maruyama(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
-    """The Euler-Maruyama method for the SDE: n network calls. `noise()` draws as x; without it, torch's generator does.
-
-    The last step is Euler's for the ODE: no noise is added that nothing could remove.
-    """
+    """The Euler-Maruyama method: n network calls."""
     noise = noise or (lambda: torch.randn_like(x))
     for t, t_next in zip(ts[:-2], ts[1:-1]):
-        drift, g = field.reverse_sde(x, t)
-        x = x + (t_next - t) * drift + g * (t - t_next) ** 0.5 * noise()
+        x = euler_maruyama_step(field, x, t, t_next, noise)
     return euler(field, x, ts[-2:])
 
 
-SAMPLERS = {"euler": euler, "heun": heun, "euler_maruyama": euler_maruyama}
+@torch.no_grad()
+def stochastic_heun(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+    """Heun's method, of weak order 2 since the noise does not depend on x: 2n - 1 network calls (Ma et al. 2024, section 3.2)."""
+    noise = noise or (lambda: torch.randn_like(x))
+    for t, t_next in zip(ts[:-2], ts[1:-1]):
+        eps, dt = field.eps(t, t_next), t_next - t
+        dw = (2 * eps * -dt) ** 0.5 * noise()
+        drift = field.drift(x, t, eps)
+        drift_next = field.drift(x + dt * drift + dw, t_next, eps)
+        x = x + dt * (drift + drift_next) / 2 + dw
+    return euler(field, x, ts[-2:])
 
 
-def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, seed: int, model_type: str, sampler: str,
-         sampling_steps: int, T_min: float, T_max: float, labels: Tensor | None = None, guidance_scale: float = 1.0,
-         sde_diffusion: str = "delta", batch_size: int | None = None):
+@torch.no_grad()
+def predictor_corrector(field, x: Tensor, ts: list[float], noise=None, corrector_snr: float = 0.16) -> Tensor:
+    """An Euler-Maruyama step and then one of Langevin's at the new time: 2n - 1 network calls (Song et al. 2021, algorithms 2 to 5).
+
+    Langevin's step is 2 (corrector_snr sigma)^2: sigma is what Song et al. estimate as |noise| / |score|, over the batch.
+    """
+    noise = noise or (lambda: torch.randn_like(x))
+    for t, t_next in zip(ts[:-2], ts[1:-1]):
+        x = euler_maruyama_step(field, x, t, t_next, noise)
+        step = 2 * (corrector_snr * field.process.at(t_next).sigma) ** 2
+        x = x + step * field(x, t_next, "score") + (2 * step).sqrt() * noise()
+    return euler(field, x, ts[-2:])
+
+
+@torch.no_grad()
+def ancestral(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+    """DDPM's sampler, x_s from q(x_s | x_t, x0) at the predicted x0: n network calls (Ho et al. 2020, eqs. 6 and 7; for any alpha and
+    sigma: Kingma et al. 2021, "Variational Diffusion Models", appendix A.2)."""
+    noise = noise or (lambda: torch.randn_like(x))
+    for t, t_next in zip(ts[:-2], ts[1:-1]):
+        now, then = field.process.at(t), field.process.at(t_next)
+        ratio = now.alpha / then.alpha
+        added = now.sigma**2 - (ratio * then.sigma) ** 2  # variance of x_t given x_s
+        mean = (ratio * then.sigma**2 * x + then.alpha * added * field(x, t, "x0")) / now.sigma**2
+        x = mean + added.sqrt() * then.sigma / now.sigma * noise()
+    return ddim(field, x, ts[-2:])
+
+
+@torch.no_grad()
+def edm_churn(field, x: Tensor, ts: list[float], noise=None, churn: float = 30.0, churn_min: float = 0.01, churn_max: float = 1.0,
+              churn_noise: float = 1.0) -> Tensor:
+    """Heun's method that first goes back to more noise: 2n - 1 network calls (Karras et al. 2022, algorithm 2, for any alpha and sigma).
+
+    While r = sigma / alpha is in [churn_min, churn_max], it is raised by a factor 1 + min(churn / n, sqrt(2) - 1), by noise of standard
+    deviation churn_noise.
+    """
+    noise = noise or (lambda: torch.randn_like(x))
+    for t, t_next in zip(ts[:-2], ts[1:-1]):
+        now = field.process.at(t)
+        if churn_min <= now.sigma / now.alpha <= churn_max:
+            raised = 1 + min(churn / (len(ts) - 1), 2**0.5 - 1)
+            t = max(t, field.process.time(now.log_snr - 2 * math.log(raised)).item())
+            then = field.process.at(t)
+            ratio = then.alpha / now.alpha
+            x = ratio * x + (then.sigma**2 - (ratio * now.sigma) ** 2).clamp(min=0).sqrt() * churn_noise * noise()
+        x = heun_step(field, x, t, t_next)
+    return euler(field, x, ts[-2:])
+
+
+ODE_SAMPLERS = {"euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "dopri5": dopri5}
+SDE_SAMPLERS = {
+    "euler_maruyama": euler_maruyama, "stochastic_heun": stochastic_heun, "predictor_corrector": predictor_corrector,
+    "ancestral": ancestral, "edm_churn": edm_churn,
+}
+SAMPLERS = ODE_SAMPLERS | SDE_SAMPLERS
+
+
+def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, seed: int, sampler: str, sampling_steps: int, T_min: float,
+         T_max: float, labels: Tensor | None = None, batch_size: int | None = None, **settings):
     """Yields the samples `rows`, in order, in batches (B, *shape) of float32 on `device`.
 
-    Sample i is a function of (seed, i), to rounding: it does not depend on `batch_size` or on how samples are shared among
-    processes. `labels` (N,) holds a label for every sample from 0 on, of which `rows` are used. `T_max` is where x starts,
-    as sigma(T_max) times noise, and `T_min` is where it ends. Raises UserError for an unknown sampler.
+    Sample i is a function of (seed, i), to rounding (dopri5: to its tolerance): it does not depend on `batch_size` or on how samples are
+    shared among processes. `labels` (N,) holds a label for every sample from 0 on, of which `rows` are used. `T_max` is where x starts,
+    as sigma(T_max) times noise, and `T_min` is where it ends. `settings` are arguments of `Field`, as model_type, of the grid and of the
+    sampler; others are passed over. Raises UserError for an unknown sampler or grid.
     """
-    ts = uniform_grid(sampling_steps, T_min, T_max)
+    settings = {**settings, "process": process}
+    ts = make_grid(sampling_steps, T_min, T_max, **settings)
     batch_size = batch_size or max(len(rows), 1)
     for start in range(rows.start, rows.stop, batch_size):
         batch = range(start, min(start + batch_size, rows.stop))
         noise = RowNoise(batch, shape, device, seed, "sample")
         label = None if labels is None else labels[batch.start : batch.stop].to(device)
-        field = Field(net, process, model_type, label, guidance_scale, sde_diffusion)
-        x = process.sigma(torch.tensor(T_max)).item() * noise()
-        yield choose(SAMPLERS, sampler, field=field, x=x, ts=ts, noise=noise)
+        field = call(Field, **{**settings, "net": net, "label": label})
+        x = process.at(T_max).sigma * noise()
+        yield choose(SAMPLERS, sampler, **{**settings, "field": field, "x": x, "ts": ts, "noise": noise})

@@ -1,11 +1,17 @@
 """How training times are drawn: `sampler(batch_size, device, generator) -> t`, shape (B,), float32, inside [T_min, T_max].
 
-The batch is the global one, so that a stratified sampler sees it whole; every process draws it all and takes its rows.
-To add one, write a class and give it a row in TIME_SAMPLERS. Its `__init__` may name settings of config.py.
+`sampler.density(t)` is their probability density, so that 1 / ((T_max - T_min) density) is the importance weight with which any of
+them estimates the loss of uniform times without bias. The batch is the global one, so that a stratified sampler sees it whole;
+every process draws it all and takes its rows. To add one, write a class with `unit` and `unit_density` on [0, 1], and give it a row
+in TIME_SAMPLERS. Its `__init__` may name settings of config.py, and `process` for the process itself.
 """
+
+import math
 
 import torch
 from torch import Tensor
+
+from utils import invert
 
 
 class Uniform:
@@ -18,9 +24,22 @@ class Uniform:
         """Times on [0, 1]: what a subclass changes."""
         return torch.rand(batch_size, device=device, generator=generator)
 
+    def unit_density(self, u: Tensor) -> Tensor:
+        """Their density at u in [0, 1]."""
+        return torch.ones_like(u)
+
     def __call__(self, batch_size: int, device=None, generator: torch.Generator | None = None) -> Tensor:
         t = self.T_min + (self.T_max - self.T_min) * self.unit(batch_size, device, generator)
-        return t.clamp(self.T_min, self.T_max)  # rounding may step over an end by one unit in the last place
+        return t.float().clamp(self.T_min, self.T_max)  # rounding may step over an end by one unit in the last place
+
+    def density(self, t: Tensor) -> Tensor:
+        """Probability density at t (B,) in [T_min, T_max]."""
+        length = self.T_max - self.T_min
+        return self.unit_density(((t - self.T_min) / length).clamp(0, 1)) / length
+
+    def importance(self, t: Tensor) -> Tensor:
+        """Density of uniform times over this one's: with these weights the mean loss is that of uniform times."""
+        return 1 / ((self.T_max - self.T_min) * self.density(t))
 
 
 class Stratified(Uniform):
@@ -29,6 +48,15 @@ class Stratified(Uniform):
     def unit(self, batch_size, device, generator):
         cell = torch.randperm(batch_size, device=device, generator=generator)
         return (cell + torch.rand(batch_size, device=device, generator=generator)) / batch_size
+
+
+def normal_density(z: Tensor) -> Tensor:
+    return torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
+
+
+def inside(u: Tensor) -> Tensor:
+    """u moved off the ends of [0, 1] by what float32 cannot tell, where a density is infinite or 0 / 0."""
+    return u.double().clamp(1e-8, 1 - 1e-8)
 
 
 class LogitNormal(Uniform):
@@ -42,5 +70,84 @@ class LogitNormal(Uniform):
         normal = torch.randn(batch_size, device=device, generator=generator)
         return torch.sigmoid(self.loc + self.scale * normal)
 
+    def unit_density(self, u):
+        v = inside(u)
+        return (normal_density((torch.logit(v) - self.loc) / self.scale) / (self.scale * v * (1 - v))).to(u.dtype)
 
-TIME_SAMPLERS = {"uniform": Uniform, "stratified": Stratified, "logit_normal": LogitNormal}
+
+class Beta(Uniform):
+    """t ~ Beta(a, b) on [0, 1], and then scaled to [T_min, T_max]; a = b = 1 is uniform, a > b means more noise."""
+
+    def __init__(self, T_min: float = 0.0, T_max: float = 1.0, time_beta_a: float = 1.0, time_beta_b: float = 2.0):
+        super().__init__(T_min, T_max)
+        self.a, self.b = time_beta_a, time_beta_b
+
+    def unit(self, batch_size, device, generator):
+        shapes = torch.tensor([[self.a], [self.b]], device=device, dtype=torch.float64).expand(2, batch_size)
+        x, y = torch._standard_gamma(shapes.contiguous(), generator=generator)  # what torch.distributions calls, without a generator
+        return x / (x + y)
+
+    def unit_density(self, u):
+        return torch.distributions.Beta(self.a, self.b).log_prob(inside(u)).exp().to(u.dtype)
+
+
+class Mode(Uniform):
+    """SD3's mode sampling with heavy tails, t = 1 - u - s (cos^2(pi u / 2) - 1 + u) for uniform u (Esser et al. 2024, eq. 20).
+
+    s > 0 prefers the middle, s < 0 the ends; -1 <= s <= 2 / (pi - 2) keeps it monotone.
+    """
+
+    def __init__(self, T_min: float = 0.0, T_max: float = 1.0, mode_scale: float = 1.29):
+        super().__init__(T_min, T_max)
+        self.s = mode_scale
+
+    def map(self, u):
+        return 1 - u - self.s * (torch.cos(0.5 * math.pi * u) ** 2 - 1 + u)
+
+    def unit(self, batch_size, device, generator):
+        return self.map(torch.rand(batch_size, device=device, generator=generator, dtype=torch.float64))
+
+    def unit_density(self, u):
+        v = invert(self.map, u.double(), 0.0, 1.0)
+        return (1 / (1 + self.s * (1 - 0.5 * math.pi * torch.sin(math.pi * v)))).to(u.dtype)  # 1 / |map'(v)|
+
+
+class CosMap(Uniform):
+    """Rectified-flow times with the log-SNR of the cosine process at uniform times (Esser et al. 2024, eq. 21)."""
+
+    def unit(self, batch_size, device, generator):
+        u = torch.rand(batch_size, device=device, generator=generator)
+        return 1 - 1 / (torch.tan(0.5 * math.pi * u) + 1)
+
+    def unit_density(self, u):
+        return 2 / (math.pi * (1 - 2 * u + 2 * u**2))
+
+
+class EDMLogNormal(Uniform):
+    """log(sigma / alpha) ~ N(P_mean, P_std^2), cut to [T_min, T_max] (Karras et al. 2022, table 1, for any process)."""
+
+    def __init__(self, process, T_min: float = 0.0, T_max: float = 1.0, edm_P_mean: float = -1.2, edm_P_std: float = 1.2):
+        super().__init__(T_min, T_max)
+        self.process, self.mean, self.std = process, edm_P_mean, edm_P_std
+        self.ends = torch.special.ndtr(torch.stack([self.normal(process.at(time)) for time in (T_min, T_max)])).tolist()
+
+    def normal(self, c):
+        """What is N(0, 1) before the cut."""
+        return (-c.log_snr / 2 - self.mean) / self.std
+
+    def __call__(self, batch_size, device=None, generator=None):
+        low, high = self.ends
+        u = low + (high - low) * torch.rand(batch_size, device=device, generator=generator, dtype=torch.float64)
+        t = self.process.time(-2 * (self.mean + self.std * torch.special.ndtri(u)))
+        return t.float().clamp(self.T_min, self.T_max)
+
+    def density(self, t):
+        c = self.process.coefs(t.double())
+        by_normal = c.delta / c.sigma**2 / self.std  # the derivative of `normal` in t
+        return (normal_density(self.normal(c)) * by_normal / (self.ends[1] - self.ends[0])).to(t.dtype)
+
+
+TIME_SAMPLERS = {
+    "uniform": Uniform, "stratified": Stratified, "logit_normal": LogitNormal, "edm_log_normal": EDMLogNormal, "beta": Beta, "mode": Mode,
+    "cosmap": CosMap,
+}

@@ -21,13 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import saving
 from config import MAY_CHANGE, Config
+from couplings import COUPLINGS
 from data_utils import Batches, Dataset, DataSpec
 from ema import EMA
 from logging_utils import Logger, image_grid, scatter_plot
 from mlp import MLP
 from optimizers import clip_gradients, learning_rate, make_optimizer
-from prediction import convert, target
-from processes import PROCESSES, Process
+from prediction import Preconditioned, convert, loss_weight, target
+from processes import Process, make_process
 from sampling import draw
 from time_samplers import TIME_SAMPLERS
 from unet import UNet
@@ -51,12 +52,17 @@ NETWORKS = {"unet": UNet, "mlp": MLP}
 
 
 class Batch(NamedTuple):
-    """What a training step needs: x0 and x1 (B, ...), t (B,), label (B,) int64 or None."""
+    """What a training step needs: x0 and x1 (B, ...), t (B,), weight (B,) of each loss in the mean, label (B,) int64 or None."""
 
     x0: Tensor
     x1: Tensor
     t: Tensor
+    weight: Tensor
     label: Tensor | None
+
+    def rows(self, mine: slice) -> "Batch":
+        """Some of its rows."""
+        return Batch(*(None if x is None else x[mine] for x in self))
 
     def split(self, parts: int) -> list["Batch"]:
         """The batch in equal parts along its rows."""
@@ -75,10 +81,13 @@ def build(config: Config, spec: DataSpec, device: torch.device) -> tuple[Process
         net = choose(NETWORKS, config.network, **settings, data_shape=spec.shape, num_classes=num_classes)
     except ValueError as error:
         raise UserError(str(error)) from error
+    process = make_process(**settings)
+    if config.precondition:
+        net = Preconditioned(net, process)
     net = net.to(device)
     if spec.is_image and config.channels_last:
         net = net.to(memory_format=torch.channels_last)
-    return choose(PROCESSES, config.process, **settings), net
+    return process, net
 
 
 def autocast(config: Config, device: torch.device):
@@ -94,13 +103,13 @@ class DiffusionTrainer:
         self.config, self.dataset, self.spec, self.device = config, dataset, dataset.spec, device
         settings = dataclasses.asdict(config)
         self.process, self.net = build(config, self.spec, device)
-        self.time_sampler = choose(TIME_SAMPLERS, config.time_sampler, **settings)
+        self.time_sampler = choose(TIME_SAMPLERS, config.time_sampler, **{**settings, "process": self.process})
         self.batches = Batches(dataset, config.batch_size, config.seed)
         self.rows = share(config.batch_size)  # of the global batch
         self.optimizer = make_optimizer(self.net, config.weight_decay)
         self.ema = EMA(self.net, config.ema_decay)
         self.step = 0  # optimizer steps taken
-        self.sums = torch.zeros(10, device=device)  # since the last line of metrics, see `track`
+        self.sums = torch.zeros(11, device=device)  # since the last line of metrics, see `track`
 
         self.folder = os.path.join(config.ckpt_dir, config.run_name)
         self.last = os.path.join(self.folder, saving.LAST)
@@ -127,24 +136,31 @@ class DiffusionTrainer:
 
     def prepare_batch(self, step: int) -> Batch:
         """This process's rows of the global batch of `step`, everything random in them a function of (seed, step)."""
-        config, rows = self.config, slice(self.rows.start, self.rows.stop)
-        data, label = self.batches(0 if config.overfit_one_batch else step, rows)
-        x0 = self.spec.encode(self.to_device(data))
+        config = self.config
+        whole = config.coupling != "independent"  # such a coupling looks at all rows
+        rows = range(config.batch_size) if whole else self.rows
+        mine = slice(rows.start, rows.stop)
+        data, label = self.batches(0 if config.overfit_one_batch else step, mine)
+        x0, label = self.spec.encode(self.to_device(data)), self.to_device(label) if config.class_conditional else None
         generator = torch.Generator(self.device).manual_seed(make_seed(config.seed, "step", step))
 
         def uniform():  # for the global batch, of which the rows are taken
-            return torch.rand(config.batch_size, device=self.device, generator=generator)[rows]
+            return torch.rand(config.batch_size, device=self.device, generator=generator)[mine]
 
-        t = self.time_sampler(config.batch_size, self.device, generator)[rows]
+        t = self.time_sampler(config.batch_size, self.device, generator)[mine]
         if self.spec.is_image and config.random_flip:
             x0 = torch.where(append_dims(uniform() < 0.5, x0.ndim), x0.flip(-1), x0)
+        x1 = RowNoise(rows, self.spec.shape, self.device, config.seed, "noise", step)()
+        if whole:
+            x1 = x1[COUPLINGS[config.coupling](x0, x1, label)]
         if config.class_conditional:
-            label = self.to_device(label).masked_fill(uniform() < config.label_dropout, self.spec.num_classes)
-        x1 = RowNoise(self.rows, self.spec.shape, self.device, config.seed, "noise", step)()
-        return Batch(x0, x1, t, label if config.class_conditional else None)
+            label = label.masked_fill(uniform() < config.label_dropout, self.spec.num_classes)
+        weight = self.time_sampler.importance(t) if config.importance_weights else torch.ones_like(t)
+        batch = Batch(x0, x1, t, weight, label)
+        return batch.rows(slice(self.rows.start, self.rows.stop)) if whole else batch
 
     def loss(self, batch: Batch) -> Tensor:
-        """The loss of each sample, (B,), float32: the squared error of the prediction, read as target_type, mean over pixels."""
+        """The loss of each sample, (B,), float32: the squared error of the prediction, read as target_type, mean over pixels, weighted."""
         config = self.config
         c = self.process.coefs(batch.t, batch.x0.ndim)
         xt = c.alpha * batch.x0 + c.sigma * batch.x1
@@ -153,7 +169,8 @@ class DiffusionTrainer:
         with autocast(config, self.device):
             out = self.forward(xt, batch.t, batch.label)
         prediction = convert(out.float(), xt, c, config.model_type, config.target_type)
-        return mean_flat((prediction - target(config.target_type, c, batch.x0, batch.x1)) ** 2)
+        weight = loss_weight(c=c, **vars(config)).flatten()
+        return weight * mean_flat((prediction - target(config.target_type, c, batch.x0, batch.x1)) ** 2)
 
     # ---- Training
 
@@ -180,8 +197,8 @@ class DiffusionTrainer:
             for i, part in enumerate(parts):
                 with self.ddp.no_sync() if world_size() > 1 and i < len(parts) - 1 else contextlib.nullcontext():
                     losses = self.loss(part)
-                    (losses.mean() / len(parts)).backward()
-                self.track(losses.detach(), part.t)
+                    ((part.weight * losses).mean() / len(parts)).backward()
+                self.track(losses.detach(), part)
 
             # step
             grad_norm = clip_gradients(self.net, config.grad_clip_norm)
@@ -227,11 +244,12 @@ class DiffusionTrainer:
 
     # ---- Watching
 
-    def track(self, losses: Tensor, t: Tensor) -> None:
-        """Adds up, on the device, without waiting for it: gradient norm, steps, and loss and count by quarter of t."""
-        quarter = (4 * t).long().clamp(0, 3)
-        self.sums[2:6].scatter_add_(0, quarter, losses)
-        self.sums[6:10].scatter_add_(0, quarter, torch.ones_like(losses))
+    def track(self, losses: Tensor, batch: Batch) -> None:
+        """Adds up, on the device, without waiting for it: gradient norm, steps, what is minimized, and loss and count by quarter of t."""
+        quarter = (4 * batch.t).long().clamp(0, 3)
+        self.sums[2] += (batch.weight * losses).sum()
+        self.sums[3:7].scatter_add_(0, quarter, losses)
+        self.sums[7:11].scatter_add_(0, quarter, torch.ones_like(losses))
 
     def restart_clock(self) -> None:
         self.clock, self.clock_step = time.perf_counter(), self.step
@@ -241,11 +259,11 @@ class DiffusionTrainer:
         sums = self.sums.clone()
         if world_size() > 1:
             dist.all_reduce(sums[2:])
-        grad_norm, steps, *by_quarter = sums.tolist()
+        grad_norm, steps, loss, *by_quarter = sums.tolist()
         seconds = time.perf_counter() - self.clock
         images = (self.step - self.clock_step) * self.config.batch_size
         values = {
-            "loss": sum(by_quarter[:4]) / sum(by_quarter[4:]),
+            "loss": loss / sum(by_quarter[4:]),
             "grad_norm": grad_norm / steps,
             "learning_rate": rate,
             "images_per_second": images / seconds,
@@ -287,7 +305,7 @@ class DiffusionTrainer:
         labels = torch.arange(c.num_samples) % self.spec.num_classes if c.class_conditional else None
         self.net.eval()
         for weights, net in (("raw", self.net), ("ema", self.ema.net)):
-            for sampler in (c.sampler, c.sde_sampler):
+            for sampler in filter(None, (c.sampler, c.sde_sampler)):
                 samples = draw_all(c, self.spec, self.process, net, self.device, rows=range(c.num_samples), labels=labels, sampler=sampler)
                 name = f"{weights}_{sampler}"
                 on_rank0(lambda name=name, samples=samples: self.logger.picture(self.step, name, self.picture(samples)))
@@ -304,7 +322,7 @@ class DiffusionTrainer:
             "net": self.net.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "sums": gather_rows(self.sums[None]),  # (processes, 10)
+            "sums": gather_rows(self.sums[None]),  # (processes, 11)
             "config": saving.plain(dataclasses.asdict(self.config)),
             "data": saving.plain(dataclasses.asdict(self.spec)),
         }
@@ -336,25 +354,26 @@ class DiffusionTrainer:
 
 
 def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device: torch.device, *, rows: range, labels: Tensor | None,
-             sampler: str) -> Tensor:
+             sampler: str, guide: nn.Module | None = None) -> Tensor:
     """Samples `rows`, shared among all processes, decoded, on the CPU of every process: uint8 images or float vectors (N, ...).
 
-    `labels` (N,) are those of all samples from 0 on. The settings of sampling are those of `config`.
+    `labels` (N,) are those of all samples from 0 on. The settings of sampling are those of `config`. `guide` is a network for autoguidance.
     """
 
-    def network(xt, t, label):
-        progress.update()
-        if spec.is_image and config.channels_last:
-            xt = xt.contiguous(memory_format=torch.channels_last)
-        with autocast(config, device):
-            return net(xt, t, label)
+    def counted(net):
+        def network(xt, t, label):
+            progress.update()
+            if spec.is_image and config.channels_last:
+                xt = xt.contiguous(memory_format=torch.channels_last)
+            with autocast(config, device):
+                return net(xt, t, label)
+
+        return network
 
     mine = share(len(rows))
-    batches = draw(
-        network, process, rows=rows[mine.start : mine.stop], shape=spec.shape, device=device, seed=config.seed,
-        model_type=config.model_type, sampler=sampler, sampling_steps=config.sampling_steps, T_min=config.T_min, T_max=config.T_max,
-        labels=labels, guidance_scale=config.guidance_scale, sde_diffusion=config.sde_diffusion, batch_size=config.sampling_batch_size,
-    )
+    settings = {**vars(config), "process": process, "sampler": sampler, "device": device, "batch_size": config.sampling_batch_size}
+    batches = draw(counted(net), rows=rows[mine.start : mine.stop], shape=spec.shape, labels=labels,
+                   guide=guide and counted(guide), **settings)
     decoded = [torch.empty(0, *spec.shape, dtype=torch.uint8 if spec.is_image else torch.float32)]
     with Progress(f"{sampler}: 0 of {len(mine)} samples", unit="network call") as progress:
         for batch in batches:

@@ -129,15 +129,20 @@ class Progress:
 # ---- Choices
 
 
+def call(function, **settings):
+    """Calls a class or function with those of `settings` that its signature names."""
+    wanted = inspect.signature(function).parameters
+    return function(**{k: v for k, v in settings.items() if k in wanted})
+
+
 def choose(table: dict, name: str, **settings):
-    """Builds `table[name]`, a class or function, from those of `settings` that its signature names.
+    """Calls `table[name]` with those of `settings` that its signature names.
 
     Raises UserError, with the known names, for a name that is not in the table.
     """
     if name not in table:
         raise UserError(f"{name!r} is not known here: expected one of {', '.join(table)}")
-    wanted = inspect.signature(table[name]).parameters
-    return table[name](**{k: v for k, v in settings.items() if k in wanted})
+    return call(table[name], **settings)
 
 
 # ---- Shapes and ranges
@@ -146,6 +151,16 @@ def choose(table: dict, name: str, **settings):
 def append_dims(v: torch.Tensor, ndim: int) -> torch.Tensor:
     """(B,) -> (B, 1, ..., 1) with `ndim` dimensions, so that it multiplies a batch (B, ...)."""
     return v.reshape(v.shape[0], *[1] * (ndim - 1))
+
+
+def invert(function, y: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """The x in [low, high] with function(x) = y, of y's shape and type, for a falling function, by bisection: 60 halvings, no waiting."""
+    low, high = torch.full_like(y, low), torch.full_like(y, high)
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = function(middle) > y
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (low + high) / 2
 
 
 def mean_flat(x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from config import PRESETS, Config  # noqa: E402
-from prediction import PREDICTIONS  # noqa: E402
+from oracle import GaussianMixture  # noqa: E402
 from processes import PROCESSES  # noqa: E402
 
 
@@ -25,30 +25,9 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also train the digits preset whole, for a minute")
 
 
-class Gaussian:
-    """Data N(mean, std^2), a number for each coordinate: every prediction is exact. It has the call of a network.
-
-    xt ~ N(alpha mean, alpha^2 std^2 + sigma^2), and the expectations of x0 and x1 given xt are linear in xt.
-    """
-
-    def __init__(self, process, kind, mean=0.7, std=0.5):
-        self.process, self.kind, self.mean, self.std = process, kind, mean, std
-
-    def moments(self, t, ndim=2):
-        c = self.process.coefs(t, ndim)
-        return c, c.alpha * self.mean, c.alpha**2 * self.std**2 + c.sigma**2
-
-    def __call__(self, xt, t, label=None):
-        c, mean, variance = self.moments(t, xt.ndim)
-        x0 = self.mean + c.alpha * self.std**2 * (xt - mean) / variance
-        x1 = c.sigma * (xt - mean) / variance
-        p, q = PREDICTIONS[self.kind](c)
-        return p * x0 + q * x1
-
-    def flow(self, x, t_from, t_to):
-        """The exact solution of the ODE from x at t_from to t_to: it keeps the standardized coordinate."""
-        (_, m_from, v_from), (_, m_to, v_to) = (self.moments(torch.tensor([t], dtype=x.dtype)) for t in (t_from, t_to))
-        return m_to + (v_to / v_from).sqrt() * (x - m_from)
+def gaussian(process, kind="velocity", dims=1, mean=0.7, std=0.5) -> GaussianMixture:
+    """Exact data N(mean, std^2), these numbers for each of the coordinates."""
+    return GaussianMixture(process, kind, torch.full((1, dims), mean), std**2)
 
 
 @pytest.fixture(params=list(PROCESSES))

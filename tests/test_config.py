@@ -10,14 +10,17 @@ from conftest import ROOT
 
 import trainer
 from config import CHOICES, MAY_CHANGE, PRESETS, Config, problems
-from processes import PROCESSES
+from prediction import LOSS_WEIGHTINGS, loss_weight
+from processes import PROCESSES, make_process
+from sample import Options
+from sampling import GRIDS, SAMPLERS, Field, draw, make_grid
 from time_samplers import TIME_SAMPLERS
 
 NAMES = [field.name for field in dataclasses.fields(Config)]
 
 
 def read_settings():
-    """Settings that the code reads: attributes of a config, and arguments of the classes that `choose` builds from the settings."""
+    """Settings that the code reads: attributes of a config, and arguments of what is called with all settings."""
     read = set()
     for file in ("main.py", "trainer.py"):
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
@@ -25,9 +28,9 @@ def read_settings():
                 owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
                 if owner in ("config", "c"):
                     read.add(node.attr)
-    for table in (PROCESSES, TIME_SAMPLERS, trainer.NETWORKS):
-        for cls in table.values():
-            read |= set(inspect.signature(cls).parameters)
+    tables = (PROCESSES, TIME_SAMPLERS, trainer.NETWORKS, LOSS_WEIGHTINGS, GRIDS, SAMPLERS)
+    for called in (make_process, loss_weight, make_grid, draw, Field, *(entry for table in tables for entry in table.values())):
+        read |= set(inspect.signature(called).parameters)
     return read
 
 
@@ -42,12 +45,19 @@ def test_every_setting_has_a_type_a_default_and_a_comment():
 
 
 def test_presets_hold_only_what_differs():
-    assert set(PRESETS) == {"cifar10", "cifar10_debug", "digits", "mnist", "fashion_mnist", "image_folder", "moons"}
+    assert set(PRESETS) == {"cifar10", "cifar10_debug", "cifar10_edm", "digits", "mnist", "fashion_mnist", "image_folder", "moons"}
     for preset, settings in PRESETS.items():
         assert problems(Config(**settings), 1) == [], preset
         assert Config(**settings).run_name == preset
         assert all(value != getattr(Config(), name) for name, value in settings.items()), preset
     assert set(CHOICES) | MAY_CHANGE <= set(NAMES)
+
+
+def test_sample_offers_every_setting_of_sampling_and_all_may_change():
+    section = (ROOT / "config.py").read_text().split("# ---- Sampling")[1].split("# ---- Watching")[0]
+    names = set(re.findall(r"^    (\w+):", section, re.M))
+    assert len(names) > 15 and names <= MAY_CHANGE
+    assert names - {"sde_sampler", "num_samples", "sampling_batch_size"} <= {field.name for field in dataclasses.fields(Options)}
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -56,6 +66,14 @@ def test_presets_hold_only_what_differs():
     (dict(T_min=0.5, T_max=0.5), "T_min < T_max"),
     (dict(T_max=1.5), "T_min < T_max"),
     (dict(beta_min=0.0), "beta_min"),
+    (dict(sigma_min=0.0), "0 < sigma_min"),
+    (dict(sigma_min=2.0, sigma_max=1.0), "sigma_min < sigma_max"),
+    (dict(coupling="ot_within_class"), "--class_conditional True"),
+    (dict(guidance_t_min=0.6, guidance_t_max=0.3), "lower --guidance_t_min"),
+    (dict(churn_min=2.0), "above churn_max 1.0"),
+    (dict(mode_scale=2.0), "from -1 to 1.75"),
+    (dict(rho=0.0), "more than 0"),
+    (dict(sde_scale=-1.0), "0 or more"),
     (dict(guidance_scale=2.0), "--class_conditional True"),
     (dict(guidance_scale=2.0, class_conditional=True, label_dropout=0.0), "--label_dropout 0.1"),
     (dict(min_lr=1.0), "lower --min_lr"),

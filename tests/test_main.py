@@ -33,7 +33,8 @@ def test_help_shows_settings_defaults_comments_and_names_and_is_quick():
     assert result.returncode == 0 and time.monotonic() - start < 10
     for field in dataclasses.fields(Config):
         assert f"--{field.name.replace('_', '-')}" in result.stdout
-    for words in ("{rf,cosine,linear_vp}", "{uniform,stratified,logit_normal}", "(default: 128)", "fashion_mnist", "after warm-up."):
+    for words in ("{rf,cosine,linear_vp,", "{euler,heun,midpoint,rk4,ddim,dpmpp_2m,dopri5,euler_maruyama,", "{None,euler_maruyama,",
+                  "(default: 128)", "fashion_mnist", "after warm-up."):
         assert words in result.stdout, words
 
 

@@ -1,14 +1,18 @@
-"""Predictions: every kind against its definition, every conversion there and back, on every process and against exact data."""
+"""Predictions against their definitions, EDM's preconditioning against its paper, and loss weightings against closed forms.
+
+Every conversion there and back, and against exact predictions, is in test_check.py.
+"""
 
 import pytest
 import torch
-from conftest import Gaussian
+from conftest import gaussian
 
-from prediction import PREDICTIONS, convert, target
-from processes import PROCESSES
+from prediction import LOSS_WEIGHTINGS, PREDICTIONS, Preconditioned, convert, loss_weight, target
+from processes import PROCESSES, make_process
 from utils import UserError
 
 KINDS = list(PREDICTIONS)
+SETTINGS = dict(min_snr_gamma=5.0, sigmoid_bias=2.0)
 
 
 def batch(process, n=64, low=0.02, high=0.98):
@@ -19,37 +23,50 @@ def batch(process, n=64, low=0.02, high=0.98):
 
 
 def test_targets_are_their_definitions(process):
-    _, c, x0, x1, _ = batch(process)
+    _, c, x0, x1, xt = batch(process)
+    sigma = c.sigma / c.alpha  # EDM's, whose data are xt / alpha
+    c_skip = 0.25 / (sigma**2 + 0.25)  # Karras et al. 2022, table 1, with sigma_data = 0.5
+    c_out = sigma * 0.5 / (sigma**2 + 0.25).sqrt()
     definitions = {
         "x0": x0,
         "x1": x1,
         "score": -x1 / c.sigma,
         "velocity": c.alpha_dot * x0 + c.sigma_dot * x1,
         "v": c.alpha * x1 - c.sigma * x0,
+        "edm": (x0 - c_skip * xt / c.alpha) / c_out,
     }
     assert definitions.keys() == PREDICTIONS.keys()
     for kind, definition in definitions.items():
-        torch.testing.assert_close(target(kind, c, x0, x1), definition, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(target(kind, c, x0, x1), definition, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("to", KINDS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_conversion_gives_the_other_target_and_back(process, kind, to):
-    _, c, x0, x1, xt = batch(process)
-    y = target(kind, c, x0, x1)
-    there = convert(y, xt, c, kind, to)
-    torch.testing.assert_close(there, target(to, c, x0, x1), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(convert(there, xt, c, to, kind), y, rtol=1e-9, atol=1e-9)
+def test_edm_target_has_unit_variance(process):
+    """What EDM's c_out is for: for data of standard deviation sigma_data, at every t."""
+    process.sigma_data = 0.7
+    c = process.coefs(torch.linspace(0.01, 0.99, 9, dtype=torch.float64))
+    p, q = PREDICTIONS["edm"](c)
+    torch.testing.assert_close(p**2 * 0.49 + q**2, torch.ones_like(p))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_score_of_exact_data_is_the_gradient_of_log_density(process, kind):
-    t, c, _, _, xt = batch(process)
-    oracle = Gaussian(process, kind)
-    x = xt.clone().requires_grad_()
-    _, mean, variance = oracle.moments(t)
-    (gradient,) = torch.autograd.grad((-0.5 * (x - mean) ** 2 / variance).sum(), x)
-    torch.testing.assert_close(convert(oracle(xt, t), xt, c, kind, "score"), gradient, rtol=1e-9, atol=1e-9)
+def test_preconditioned_network(process):
+    """c_in and c_noise of Karras et al. 2022, table 1: inputs of unit variance, and log(sigma) / 4."""
+    process.sigma_data = 0.7
+    t, c, x0, x1, _ = batch(process)
+    xt = process.interpolate(0.7 * x0, x1, t)
+    seen = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x, noise, label):
+            seen.extend([x, noise, label])
+            return 2 * x
+
+    label = torch.zeros(64, dtype=torch.int64)
+    out = Preconditioned(Net(), process)(xt, t, label)
+    sigma = c.sigma / c.alpha
+    c_in = 1 / (sigma**2 + 0.49).sqrt()
+    torch.testing.assert_close(seen[0], c_in * xt / c.alpha)
+    torch.testing.assert_close(seen[1], sigma.flatten().log() / 4)
+    assert seen[2] is label and torch.equal(out, 2 * seen[0])
 
 
 def test_same_kind_is_untouched_even_where_it_is_singular(process):
@@ -66,7 +83,69 @@ def test_negative_determinant_has_the_right_sign(process):
     torch.testing.assert_close(x1_again, x1, rtol=1e-6, atol=0)
 
 
-def test_unknown_kind_lists_the_known():
+# ---- Loss weightings
+
+
+def test_no_weighting_leaves_the_error_as_it_is(process):
+    for kind in KINDS:
+        assert (loss_weight(process.coefs(torch.rand(9)), "none", kind) == 1).all()
+
+
+@pytest.mark.parametrize("weighting", [name for name in LOSS_WEIGHTINGS if name != "none"])
+def test_a_weighted_loss_does_not_depend_on_the_target(process, weighting):
+    """An error of the network, read as an error of any kind, costs the same."""
+    t, c, x0, x1, xt = batch(process)
+    wrong, losses = x0 + torch.randn(64, 3, dtype=torch.float64), []
+    for kind in KINDS:
+        error = convert(wrong, xt, c, "x0", kind) - target(kind, c, x0, x1)
+        losses.append((loss_weight(c, weighting, kind, **SETTINGS) * error**2).sum(1))
+    for other in losses[1:]:
+        torch.testing.assert_close(other, losses[0], rtol=1e-9, atol=0)
+    assert losses[0].isfinite().all() and (losses[0] > 0).all()
+
+
+def test_weights_of_the_papers():
+    c = PROCESSES["linear_vp"]().coefs(torch.linspace(0.01, 0.99, 50, dtype=torch.float64))
+    snr = c.log_snr.exp()
+    for gamma in (1.0, 5.0):  # Hang et al. 2023, section 3.4, for x0, noise and v
+        for kind, weight in (("x0", snr.clamp(max=gamma)), ("x1", snr.clamp(max=gamma) / snr), ("v", snr.clamp(max=gamma) / (snr + 1))):
+            torch.testing.assert_close(loss_weight(c, "min_snr", kind, min_snr_gamma=gamma), weight)
+    edm = make_process("edm", sigma_data=0.6).coefs(torch.linspace(0, 1, 50, dtype=torch.float64))
+    sigma = edm.sigma  # Karras et al. 2022, table 1; and lambda c_out^2 = 1 (section 5)
+    torch.testing.assert_close(loss_weight(edm, "edm", "x0"), (sigma**2 + 0.36) / (0.6 * sigma) ** 2)
+    torch.testing.assert_close(loss_weight(edm, "edm", "edm"), torch.ones_like(sigma))
+    torch.testing.assert_close(loss_weight(c, "likelihood", "score"), c.g**2 / 2)
+    for bias in (-1.0, 2.0):  # Kingma & Gao 2023: 1/2 w(lambda) -d lambda / dt for the noise
+        expected = torch.sigmoid(bias - c.log_snr) * c.delta / c.sigma**2
+        torch.testing.assert_close(loss_weight(c, "sigmoid", "x1", sigmoid_bias=bias), expected)
+
+
+def test_likelihood_weighting_is_the_divergence(process):
+    """KL(p || q) at T_min = KL at T_max + the weighted error of q's score, integrated in t, for two Gaussians, between which all of it is
+    known (Song et al. 2021, "Maximum Likelihood Training", theorem 1)."""
+    p, q = gaussian(process, "score"), gaussian(process, "score", mean=-0.2, std=0.8)
+
+    def at(data, time):
+        mean, covariance = data.moments(time)
+        return mean.item(), covariance.item()
+
+    def divergence(time):
+        (m, v), (n, w) = at(p, time), at(q, time)
+        return 0.5 * (v / w + (m - n) ** 2 / w - 1 - torch.log(torch.tensor(v / w, dtype=torch.float64)))
+
+    low, high = 0.05, 0.95
+    t = torch.linspace(low, high, 2001, dtype=torch.float64)
+    c, error = process.coefs(t), []
+    for time in t.tolist():  # E_p (score of p - score of q)^2: the difference is linear in x
+        (m, v), (n, w) = at(p, time), at(q, time)
+        error.append((1 / w - 1 / v) ** 2 * v + ((m - n) / w) ** 2)
+    integral = torch.trapezoid(loss_weight(c, "likelihood", "score") * torch.tensor(error, dtype=torch.float64), t)
+    assert divergence(low) - divergence(high) == pytest.approx(integral.item(), rel=1e-4)
+
+
+def test_unknown_names_list_the_known():
     c = PROCESSES["rf"]().coefs(torch.rand(2), 2)
-    with pytest.raises(UserError, match="'velocty' is not known here: expected one of x0, x1, score, velocity, v"):
+    with pytest.raises(UserError, match="'velocty' is not known here: expected one of x0, x1, score, velocity, v, edm"):
         target("velocty", c, torch.zeros(2, 1), torch.zeros(2, 1))
+    with pytest.raises(UserError, match="none, min_snr, edm, likelihood, sigmoid"):
+        loss_weight(c, "snr", "x0")

@@ -1,76 +1,122 @@
-"""Processes: derivatives against autograd, boundary values, the linear SDE they imply, and float32 near both ends."""
+"""Processes: boundary values, known values, the linear SDE they imply, derivatives by autograd, and times of noise levels.
+
+Derivatives against autograd, and float32 against float64, are in test_check.py.
+"""
 
 import math
 
 import pytest
 import torch
 
-from processes import PROCESSES, LinearVP
-
-T_MIN, T_MAX = 1e-4, 0.9999
+from processes import EDM, PROCESSES, VE, FromFunctions, LinearVE, LinearVP, Process, make_process
+from utils import UserError
 
 
 def times(n=999):
-    return torch.linspace(T_MIN, T_MAX, n, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("name", ["alpha", "sigma"])
-def test_derivatives_equal_autograd(process, name):
-    t = times().requires_grad_()
-    (exact,) = torch.autograd.grad(getattr(process, name)(t).sum(), t)
-    torch.testing.assert_close(getattr(process, name + "_dot")(t), exact, rtol=1e-10, atol=1e-12)
+    return torch.linspace(1e-4, 0.9999, n, dtype=torch.float64)
 
 
 def test_ends_are_data_and_noise(process):
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    alpha, sigma = process.alpha(ends), process.sigma(ends)
-    assert alpha[0] == 1 and sigma[0] == 0
-    assert alpha[1] < 0.01 and abs(sigma[1] - 1) < 1e-4
-    assert (process.log_snr(times()).diff() < 0).all()
+    c = process.coefs(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert c.alpha[0] == 1
+    if isinstance(process, VE):
+        torch.testing.assert_close(c.sigma, torch.tensor([0.002, 80.0], dtype=torch.float64), rtol=1e-12, atol=0)
+        assert (process.alpha(times()) == 1).all()
+    else:
+        assert c.sigma[0] == 0 and c.alpha[1] < 0.01 and abs(c.sigma[1] - 1) < 1e-4
+    assert (process.coefs(times()).log_snr.diff() < 0).all()
 
 
 def test_variance_preserving():
     for name in ("cosine", "linear_vp"):
-        process = PROCESSES[name]()
-        torch.testing.assert_close(process.alpha(times()) ** 2 + process.sigma(times()) ** 2, torch.ones_like(times()))
-
-
-def test_float32_agrees_with_float64(process):
-    """Within 1e-4 relative on all of [T_min, T_max]; sigma of the VP process from 1 - alpha^2 would be 1.2% off at 1e-4."""
-    t = times().float()
-    for name in ("alpha", "sigma", "alpha_dot", "sigma_dot", "delta", "f", "g"):
-        torch.testing.assert_close(getattr(process, name)(t).double(), getattr(process, name)(t.double()), rtol=1e-4, atol=0)
+        c = PROCESSES[name]().coefs(times())
+        torch.testing.assert_close(c.alpha**2 + c.sigma**2, torch.ones_like(times()))
 
 
 def test_linear_sde_has_the_marginals(process):
     """Mean and variance of dx = f x dt + g dW obey m' = f m and V' = 2 f V + g^2: alpha and sigma^2 must solve them."""
-    t = times()
-    torch.testing.assert_close(process.alpha_dot(t), process.f(t) * process.alpha(t), rtol=1e-10, atol=0)
-    torch.testing.assert_close(
-        2 * process.sigma(t) * process.sigma_dot(t), 2 * process.f(t) * process.sigma(t) ** 2 + process.g(t) ** 2, rtol=1e-9, atol=1e-12
-    )
+    c = process.coefs(times())
+    torch.testing.assert_close(c.alpha_dot, c.f * c.alpha, rtol=1e-10, atol=0)
+    torch.testing.assert_close(2 * c.sigma * c.sigma_dot, 2 * c.f * c.sigma**2 + c.g**2, rtol=1e-9, atol=1e-12)
 
 
 def test_forward_drift_is_linear(process):
     """velocity + delta score = f xt for every x0 and x1."""
-    t = times(50)
-    c, (x0, x1) = process.coefs(t, 2), torch.randn(2, 50, 3, dtype=torch.float64)
+    c, (x0, x1) = process.coefs(times(50), 2), torch.randn(2, 50, 3, dtype=torch.float64)
     velocity, score = c.alpha_dot * x0 + c.sigma_dot * x1, -x1 / c.sigma
-    f, delta = process.f(t)[:, None], process.delta(t)[:, None]
-    torch.testing.assert_close(velocity + delta * score, f * process.interpolate(x0, x1, t), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(velocity + c.delta * score, c.f * process.interpolate(x0, x1, times(50)), rtol=1e-8, atol=1e-8)
+
+
+def test_slope_of_log_snr(process):
+    t = times().requires_grad_()
+    c = process.coefs(t)
+    (slope,) = torch.autograd.grad(c.log_snr.sum(), t)
+    torch.testing.assert_close(slope, -2 * c.delta / c.sigma**2, rtol=1e-9, atol=0)
 
 
 def test_known_values():
     t = torch.tensor([0.25], dtype=torch.float64)
-    assert PROCESSES["rf"]().alpha(t).item() == 0.75 and PROCESSES["rf"]().sigma(t).item() == 0.25
-    assert PROCESSES["cosine"]().alpha(t).item() == pytest.approx(math.cos(math.pi / 8), rel=1e-14)
-    vp = LinearVP(beta_min=0.1, beta_max=20.0)
-    assert vp.alpha(t).item() == pytest.approx(math.exp(-0.25 * 19.9 * 0.0625 - 0.5 * 0.1 * 0.25), rel=1e-14)
-    torch.testing.assert_close(2 * vp.delta(t), vp.beta(t))  # g^2 = beta (Song et al. 2021, eq. 11)
+
+    def at(name, coefficient, **settings):
+        return getattr(PROCESSES[name](**settings).coefs(t), coefficient).item()
+
+    assert at("rf", "alpha") == 0.75 and at("rf", "sigma") == 0.25
+    assert at("cosine", "alpha") == pytest.approx(math.cos(math.pi / 8), rel=1e-14)
+    alpha = math.exp(-0.25 * 19.9 * 0.0625 - 0.5 * 0.1 * 0.25)
+    assert at("linear_vp", "alpha") == pytest.approx(alpha, rel=1e-14)
+    assert at("linear_vp", "g") ** 2 == pytest.approx(0.1 + 19.9 / 4)  # g^2 = beta (Song et al. 2021, eq. 11)
     assert LinearVP(beta_min=0.3).beta(torch.zeros(1)).item() == pytest.approx(0.3)
+    assert at("sub_vp", "sigma") == pytest.approx(1 - alpha**2)
+    assert at("sub_vp", "g") ** 2 == pytest.approx((0.1 + 19.9 / 4) * (1 - alpha**4))  # Song et al. 2021, eq. 12
+    assert at("ve", "sigma", sigma_min=0.01, sigma_max=50.0) == pytest.approx(0.01 * 5000**0.25)
+    assert at("ve", "g", sigma_min=0.01, sigma_max=50.0) == pytest.approx(0.01 * 5000**0.25 * math.sqrt(2 * math.log(5000)))
+    assert at("ve_linear", "sigma") == pytest.approx(0.002 + 79.998 / 4) and at("ve_linear", "sigma_dot") == pytest.approx(79.998)
+
+
+def test_equal_steps_are_the_noise_levels_of_edm():
+    """Karras et al. 2022, eq. 5, N = 18: sigma_i = (max^(1/rho) + i / (N - 1) (min^(1/rho) - max^(1/rho)))^rho."""
+    levels = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
+    sigma = EDM().sigma(torch.linspace(1, 0, 18, dtype=torch.float64))
+    torch.testing.assert_close(sigma, torch.tensor(levels, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert EDM(rho=3.0).sigma(torch.tensor(0.5)).item() == pytest.approx(((0.002 ** (1 / 3) + 80 ** (1 / 3)) / 2) ** 3, rel=1e-6)
+
+
+def test_time_inverts_log_snr(process):
+    t = times(200)
+    torch.testing.assert_close(process.time(process.coefs(t).log_snr), t, rtol=1e-9, atol=1e-13)
+    assert process.time(torch.tensor([-1e9, 1e9])).tolist() == pytest.approx([1, 0], abs=1e-12)
+
+
+def test_derivatives_by_autograd_where_none_are_given():
+    t = times()
+    process = FromFunctions(lambda t: torch.cos(t), lambda t: t**3)
+    torch.testing.assert_close(process.coefs(t).alpha_dot, -torch.sin(t), rtol=1e-12, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(process.coefs(t, 3).sigma_dot.flatten(), 3 * t**2, rtol=1e-12, atol=0)
+    constant = FromFunctions(torch.ones_like, lambda t: t)
+    assert constant.at(0.3).alpha_dot == 0 and constant.at(0.3).sigma_dot == 1
+
+    class Named(Process):
+        def alpha(self, t):
+            return 1 - t
+
+        def sigma(self, t):
+            return t
+
+    assert Named().at(0.3) == PROCESSES["rf"]().at(0.3)
 
 
 def test_coefs_broadcast_over_any_data(process):
     t, x = torch.rand(5), torch.randn(5, 3, 4, 4)
     assert process.coefs(t, 4).alpha.shape == (5, 1, 1, 1)
     assert process.interpolate(x, x, t).shape == x.shape
+    assert (process.at(0.25).sigma * x).dtype == torch.float32
+    torch.testing.assert_close(process.at(0.25).sigma.expand(1), process.sigma(torch.tensor([0.25], dtype=torch.float64)))
+
+
+def test_make_process():
+    made = make_process("ve_linear", sigma_data=0.7, sigma_max=10.0, beta_min=3.0)
+    assert isinstance(made, LinearVE) and made.sigma_max == 10 and made.at(0.5).sigma_data == 0.7 and PROCESSES["rf"]().sigma_data == 0.5
+    assert made.at(1.0).variance.item() == pytest.approx(0.49 + 100)
+    with pytest.raises(UserError, match="rf, cosine, linear_vp, sub_vp, ve, ve_linear, edm"):
+        make_process("vp")

@@ -52,7 +52,7 @@ def test_a_new_entry_of_a_dictionary(tmp_path, title, table, arguments):
 
 def test_your_own_loss(tmp_path):
     ((file, code),) = recipe("Your own loss")
-    old = "        return mean_flat((prediction - target(config.target_type, c, batch.x0, batch.x1)) ** 2)\n"
+    old = "        return weight * mean_flat((prediction - target(config.target_type, c, batch.x0, batch.x1)) ** 2)\n"
     result, _ = train_copy(tmp_path, [(file, old, code)])
     plain = run("python", "main.py", "digits", *flags(tiny(tmp_path, run_name="plain")))
     assert plain.returncode == 0

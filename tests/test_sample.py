@@ -17,7 +17,9 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     digits = tiny(folder, num_training_steps=20, base_lr=1e-2)
     points = tiny(folder, run_name="points", dataset="moons", network="mlp", hidden_dim=16, num_layers=1, class_conditional=False)
-    for config in (digits, points):
+    worse = tiny(folder, run_name="worse", model_channels=4, num_training_steps=5)
+    other = tiny(folder, run_name="other", num_training_steps=2, process="cosine", model_type="x1")
+    for config in (digits, points, worse, other):
         DiffusionTrainer(config, load_dataset(config.dataset), torch.device("cpu")).train()
     return folder
 
@@ -49,12 +51,25 @@ def test_samples_do_not_depend_on_batches_or_processes(checkpoints, tmp_path, sa
 
 def test_every_option_matters(checkpoints, tmp_path):
     ckpt = checkpoints / "digits" / "last.pt"
-    options = ["", "--weights raw", "--sampler euler", "--sampling_steps 5", "--guidance_scale 3", "--seed 1", "--labels 4",
-               "--sampler euler_maruyama", "--sampler euler_maruyama --sde_diffusion delta"]
-    drawn = [sample(tmp_path, ckpt, "--num", "10", *o.split())["arr_0"] for o in options]
+    options = ["", "--weights raw", "--sampler euler", "--sampling_steps 6", "--guidance_scale 3", "--seed 1", "--labels 4", "--grid edm",
+               "--guidance_scale 3 --guidance_t_max 0.5", "--sampler stochastic_heun", "--sampler stochastic_heun --sde_diffusion sin2"]
+    drawn = [sample(tmp_path, ckpt, "--num", "10", "--sampling_steps", "5", *o.split())["arr_0"] for o in options]
     for i in range(len(drawn)):
         for j in range(i):
             assert not np.array_equal(drawn[i], drawn[j]), (options[i], options[j])
+
+
+def test_autoguidance(checkpoints, tmp_path):
+    """A run of fewer steps guides: its own network as guide changes nothing, another does; also where there are no labels."""
+    ckpt, worse = checkpoints / "digits" / "last.pt", checkpoints / "worse" / "last.pt"
+    plain, same, guided = (sample(tmp_path, ckpt, "--num", "10", *words)["arr_0"].astype(int) for words in (
+        [], ["--guidance_scale", "2", "--guide", ckpt], ["--guidance_scale", "2", "--guide", worse]))
+    assert abs(same - plain).max() <= 1 and abs(guided - plain).max() > 10
+    points = checkpoints / "points" / "last.pt"
+    assert np.isfinite(sample(tmp_path, points, "--num", "10", "--guidance_scale", "2", "--guide", points)["arr_0"]).all()
+    for words, said in ((["--guide", worse], "does nothing"), (["--guide", points, "--guidance_scale", "2"], "differs in its data"),
+                        (["--guide", checkpoints / "other" / "last.pt", "--guidance_scale", "2"], "differs in process, model_type")):
+        assert_one_line_error(run("python", "sample.py", "--ckpt", ckpt, "--num", "2", "--out", tmp_path / "x.npz", *words), said)
 
 
 def test_points(checkpoints, tmp_path):

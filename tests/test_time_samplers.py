@@ -1,22 +1,36 @@
-"""Time samplers: range, distribution (Kolmogorov-Smirnov), strata, and that they follow their generator."""
+"""Time samplers: range, density against the draws and against known distributions, importance weights, strata."""
 
 import math
 
 import pytest
+import scipy.stats
 import torch
 
+from processes import PROCESSES
 from time_samplers import TIME_SAMPLERS, LogitNormal, Stratified
+from utils import choose
 
 N = 20_000
+# Other settings than the defaults, so that each is seen to matter
+SETTINGS = dict(logit_normal_loc=0.5, logit_normal_scale=0.8, edm_P_mean=-0.5, edm_P_std=0.9, time_beta_a=1.5, time_beta_b=0.8,
+                mode_scale=-0.6, process=PROCESSES["cosine"]())
+
+
+def make(name, T_min=0.1, T_max=0.9, **changes):
+    return choose(TIME_SAMPLERS, name, T_min=T_min, T_max=T_max, **{**SETTINGS, **changes})
+
+
+def draws(sampler, seed=0, n=N):
+    return sampler(n, "cpu", torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("name", list(TIME_SAMPLERS))
 def test_inside_the_range_and_reproducible(name):
-    sampler = TIME_SAMPLERS[name](T_min=0.2, T_max=0.7)
-    draws = [sampler(N, "cpu", torch.Generator().manual_seed(3)) for _ in range(2)]
-    assert draws[0].shape == (N,) and draws[0].dtype == torch.float32
-    assert torch.equal(*draws)
-    assert draws[0].min() >= 0.2 and draws[0].max() <= 0.7 and draws[0].std() > 0.05
+    sampler = make(name, 0.2, 0.7)
+    t = draws(sampler)
+    assert t.shape == (N,) and t.dtype == torch.float32 and torch.equal(t, draws(sampler))
+    assert t.min() >= 0.2 and t.max() <= 0.7 and t.std() > 0.05
+    assert not torch.equal(t, draws(sampler, 1))
 
 
 def distance(t, cdf):
@@ -26,26 +40,82 @@ def distance(t, cdf):
     return max((cdf(t) - ranks).abs().max().item(), (cdf(t) - ranks + 1 / len(t)).abs().max().item())
 
 
+@pytest.mark.parametrize("changes", [{}, {"mode_scale": 1.29, "process": PROCESSES["edm"](), "time_beta_a": 3.0, "time_beta_b": 3.0}])
 @pytest.mark.parametrize("name", list(TIME_SAMPLERS))
-def test_distribution(name):
-    settings = {"logit_normal_loc": 0.5, "logit_normal_scale": 0.8} if name == "logit_normal" else {}
-    t = TIME_SAMPLERS[name](T_min=0.1, T_max=0.9, **settings)(N, "cpu", torch.Generator().manual_seed(0))
+def test_draws_have_the_density(name, changes):
+    """By Kolmogorov-Smirnov, which passes with probability 0.999 if the density is right; and it integrates to 1."""
+    sampler = make(name, **changes)
+    # fine near the ends, where some are steep
+    grid = 0.1 + 0.8 * torch.sin(torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)) ** 2
+    density = sampler.density(grid)
+    mass = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(density, grid)])
+    assert mass[-1].item() == pytest.approx(1, abs=2e-3)
 
     def cdf(t):
-        u = (t - 0.1) / 0.8
-        return 0.5 * (1 + torch.erf((torch.logit(u) - 0.5) / 0.8 / math.sqrt(2))) if settings else u
+        i = torch.searchsorted(grid, t).clamp(1, len(grid) - 1)
+        share = (t - grid[i - 1]) / (grid[i] - grid[i - 1])
+        return mass[i - 1] + share * (mass[i] - mass[i - 1])
 
-    assert distance(t, cdf) < 1.95 / math.sqrt(N)  # passes with probability 0.999 if the distribution is right
+    assert distance(draws(sampler), cdf) < 1.95 / math.sqrt(N) + 2e-3
+
+
+def test_known_distributions():
+    """Against scipy's, each on [0, 1]."""
+    def cdf(of, *parameters):
+        return lambda t: torch.as_tensor(of(t.numpy(), *parameters))
+
+    bound = 1.95 / math.sqrt(N)
+    logit = torch.logit(draws(make("logit_normal", 0, 1)).double())
+    assert distance(logit, cdf(scipy.stats.norm.cdf, 0.5, 0.8)) < bound
+    assert distance(draws(make("beta", 0, 1)), cdf(scipy.stats.beta.cdf, 1.5, 0.8)) < bound
+    process = PROCESSES["rf"]()
+    t = draws(make("edm_log_normal", 1e-4, 0.9999, process=process)).double()
+    assert distance((t / (1 - t)).log(), cdf(scipy.stats.norm.cdf, -0.5, 0.9)) < bound
+    # cosmap gives rectified flow the log-SNR that the cosine process has at uniform times (Esser et al. 2024, section 3.1)
+    t = draws(make("cosmap", 0, 1)).double()
+    assert distance(2 / math.pi * torch.atan(t / (1 - t)), cdf(scipy.stats.uniform.cdf)) < bound
+
+
+def test_density_of_the_papers():
+    """Esser et al. 2024: mode sampling of scale 0 is uniform, and of scale 1.29 has its peak in the middle; cosmap's density, eq. 22."""
+    u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    torch.testing.assert_close(make("mode", 0, 1, mode_scale=0.0).density(u), torch.ones_like(u))
+    mode = make("mode", 0, 1, mode_scale=1.29).density(u)
+    assert mode.argmax() == 49 and mode[49].item() == pytest.approx(1 / (1 + 1.29 * (1 - math.pi / 2)), rel=1e-9)
+    torch.testing.assert_close(make("cosmap", 0, 1).density(u), 2 / (math.pi - 2 * math.pi * u + 2 * math.pi * u**2))
+
+
+@pytest.mark.parametrize("name", list(TIME_SAMPLERS))
+def test_importance_weights_give_the_uniform_loss(name):
+    """The weighted mean of a loss is its uniform mean, within 4 standard errors. The loss is 0 near the ends, where weights of
+    logit_normal have no finite variance."""
+    sampler = make(name, 0.05, 0.95)
+
+    def loss(t):
+        return torch.where((t > 0.1) & (t < 0.9), 1 + torch.sin(9 * t), 0.0)
+
+    t = draws(sampler, n=200_000)
+    terms = sampler.importance(t) * loss(t)
+    uniform = loss(torch.linspace(0.05, 0.95, 100_001, dtype=torch.float64)).mean().item()
+    assert abs(terms.mean().item() - uniform) < 4 * terms.std().item() / math.sqrt(200_000)
+    if name not in ("uniform", "stratified"):
+        assert abs(loss(t).mean().item() - uniform) > 0.01  # without weights it is another
+
+
+def test_importance_is_finite_at_the_ends():
+    for name in TIME_SAMPLERS:
+        sampler = make(name, 1e-4, 0.9999)
+        for t in (torch.tensor([1e-4, 0.9999]), torch.tensor([1e-4, 0.9999], dtype=torch.float64)):
+            density = sampler.density(t)
+            assert density.dtype == t.dtype and density.isfinite().all() and (density >= 0).all(), name
 
 
 def test_stratified_has_one_time_in_each_interval_in_random_order():
-    t = Stratified()(256, "cpu", torch.Generator().manual_seed(0))
+    t = draws(Stratified(), n=256)
     cells = (t * 256).long()
     assert torch.equal(cells.sort().values, torch.arange(256))
     assert not torch.equal(cells, torch.arange(256))
 
 
 def test_logit_normal_settings_matter():
-    late = LogitNormal(logit_normal_loc=2.0)(N, "cpu", torch.Generator().manual_seed(0))
-    narrow = LogitNormal(logit_normal_scale=0.1)(N, "cpu", torch.Generator().manual_seed(0))
-    assert late.mean() > 0.8 and narrow.std() < 0.05
+    assert draws(LogitNormal(logit_normal_loc=2.0)).mean() > 0.8 and draws(LogitNormal(logit_normal_scale=0.1)).std() < 0.05

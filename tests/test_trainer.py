@@ -10,8 +10,9 @@ import torch
 from conftest import tiny
 
 import saving
+from config import PRESETS
 from data_utils import load_dataset, make_dataset
-from prediction import PREDICTIONS, convert, target
+from prediction import LOSS_WEIGHTINGS, PREDICTIONS, convert, loss_weight, target
 from processes import PROCESSES
 from trainer import DiffusionTrainer
 from utils import UserError
@@ -53,6 +54,82 @@ def test_loss_is_the_mean_squared_error_of_every_target(tmp_path, digits, model_
         xt = c.alpha * batch.x0 + c.sigma * batch.x1
         error = convert(trainer.net(xt, batch.t, batch.label), xt, c, model_type, target_type) - target(target_type, c, batch.x0, batch.x1)
         torch.testing.assert_close(losses, error.square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("weighting", list(LOSS_WEIGHTINGS))
+def test_loss_weighting(tmp_path, digits, weighting):
+    settings = dict(process="cosine", target_type="v", T_min=0.05, T_max=0.95, min_snr_gamma=2.0, sigmoid_bias=-1.0)
+    plain, trainer = make(tmp_path, digits, **settings), make(tmp_path, digits, run_name="w", loss_weighting=weighting, **settings)
+    randomize(plain.net), randomize(trainer.net)
+    batch = trainer.prepare_batch(0)
+    weight = loss_weight(trainer.process.coefs(batch.t), weighting, "v", min_snr_gamma=2.0, sigmoid_bias=-1.0)
+    torch.testing.assert_close(trainer.loss(batch), weight * plain.loss(batch))
+    assert (weighting == "none") == torch.allclose(weight, torch.ones(16))
+
+
+def test_importance_weights_estimate_the_loss_of_uniform_times(tmp_path, digits):
+    """Within 4 standard errors; `mode` has a density bounded from below. What is minimized and logged is the weighted mean."""
+    settings = dict(batch_size=2048, time_sampler="mode", mode_scale=-0.9, target_type="x0", num_training_steps=1, warmup_steps=0)
+    uniform = make(tmp_path, digits, **{**settings, "time_sampler": "uniform"})
+    plain = make(tmp_path, digits, run_name="p", **settings)
+    trainer = make(tmp_path, digits, run_name="w", importance_weights=True, **settings)
+    losses = []
+    with torch.no_grad():
+        for t in (uniform, plain, trainer):
+            losses.append(torch.cat([batch.weight * t.loss(batch) for batch in map(t.prepare_batch, range(4))]))
+    error = sum(x.var() / len(x) for x in losses[::2]) ** 0.5
+    assert abs(losses[2].mean() - losses[0].mean()) < 4 * error < abs(losses[1].mean() - losses[0].mean())
+    assert (plain.prepare_batch(0).weight == 1).all()
+    trainer.train()
+    (line,) = map(json.loads, open(tmp_path / "w" / "metrics.jsonl"))
+    assert line["loss"] == pytest.approx(losses[2][:2048].mean().item(), rel=1e-4)
+
+
+def test_the_gradient_is_that_of_the_weighted_mean(tmp_path, digits):
+    trainer = make(tmp_path, digits, time_sampler="mode", importance_weights=True, grad_clip_norm=0.0, num_training_steps=1, warmup_steps=0,
+                   accumulation_steps=2)
+    batch = trainer.prepare_batch(0)
+    (batch.weight * trainer.loss(batch)).mean().backward()
+    expected = torch.cat([p.grad.flatten() for p in trainer.net.parameters()]).norm().item()
+    trainer.optimizer.zero_grad()
+    trainer.train()
+    (line,) = map(json.loads, open(tmp_path / "digits" / "metrics.jsonl"))
+    assert line["grad_norm"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_losses_by_quarter_of_t_are_logged(tmp_path, digits):
+    """The mean of the losses in each quarter, whatever their weight in the mean of all."""
+    trainer = make(tmp_path, digits, time_sampler="mode", importance_weights=True, num_training_steps=1, warmup_steps=0, batch_size=64)
+    batch = trainer.prepare_batch(0)
+    losses = trainer.loss(batch).detach()
+    trainer.train()
+    (line,) = map(json.loads, open(tmp_path / "digits" / "metrics.jsonl"))
+    for i in range(4):
+        inside = (4 * batch.t).long() == i
+        assert line[f"loss_t_{i / 4:.2f}_{(i + 1) / 4:.2f}"] == pytest.approx(losses[inside].mean().item(), rel=1e-4)
+
+
+def test_edm_as_in_the_paper(tmp_path, digits):
+    """The preset cifar10_edm: D = c_skip x + c_out F(c_in x, log(sigma) / 4), weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2
+    (Karras et al. 2022, eqs. 7 and 8)."""
+    edm = {k: v for k, v in PRESETS["cifar10_edm"].items() if k not in ("run_name", "sampling_steps")}
+    trainer = make(tmp_path, digits, **edm)
+    randomize(trainer.net)
+    batch = trainer.prepare_batch(0)
+    sigma = trainer.process.sigma(batch.t)[:, None, None, None]
+    x = batch.x0 + sigma * batch.x1
+    F = trainer.net.net(x / (sigma**2 + 0.25).sqrt(), sigma.flatten().log() / 4, batch.label)
+    D = 0.25 / (sigma**2 + 0.25) * x + sigma * 0.5 / (sigma**2 + 0.25).sqrt() * F
+    loss = ((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (D - batch.x0) ** 2).mean((1, 2, 3))
+    torch.testing.assert_close(trainer.loss(batch), loss, rtol=1e-3, atol=1e-4)
+    trainer.train()
+    names = {f"{w}_{s}_0000004.png" for w in ("raw", "ema") for s in ("heun", "edm_churn")}
+    assert set(os.listdir(tmp_path / "digits" / "samples")) == names
+
+
+def test_without_an_sde_sampler_there_is_no_second_row(tmp_path, digits):
+    make(tmp_path, digits, sde_sampler=None, coupling="ot_within_class").train()
+    assert set(os.listdir(tmp_path / "digits" / "samples")) == {f"{w}_heun_0000004.png" for w in ("raw", "ema")}
 
 
 def test_a_batch_is_a_function_of_seed_and_step(tmp_path, digits):

@@ -1,0 +1,82 @@
+"""Data for which everything is known: a Gaussian mixture, whose every prediction, density and likelihood is exact at any (x, t).
+
+If x0 is N(m, C), then xt = alpha x0 + sigma x1 is N(alpha m, alpha^2 C + sigma^2 I), and the expectations of x0 and x1 given xt are
+linear in xt; a mixture averages them by the probability of each component given xt. `GaussianMixture` has the call of a network, so
+conversions, samplers, guidance and likelihood all run on it, and can be compared with what they should give.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from prediction import PREDICTIONS
+from processes import Process
+from utils import choose
+
+
+class GaussianMixture:
+    """x0 from N(means[k], covariances[k]) with probability weights[k]; called as net(xt, t, label), it predicts `kind` exactly.
+
+    `means` (K, ...) have the shape of the data; `covariances` are (K, D, D), with D numbers to a datum, or one variance for all.
+    `label` (B,) int64 is the component, and K, or no label at all, any of them. All is computed in float64.
+    """
+
+    def __init__(self, process: Process, kind: str, means: Tensor, covariances: Tensor | float, weights: Tensor | None = None):
+        self.process, self.kind, self.shape = process, kind, means.shape[1:]
+        self.means = means.double().flatten(1)  # (K, D)
+        K, D = self.means.shape
+        if not isinstance(covariances, Tensor):
+            covariances = covariances * torch.eye(D).expand(K, D, D)
+        self.covariances = covariances.double()
+        self.values, self.vectors = torch.linalg.eigh(self.covariances)  # (K, D), (K, D, D)
+        self.weights = torch.ones(K).double() / K if weights is None else weights.double()
+
+    def components(self, xt: Tensor, t: Tensor, label: Tensor | None):
+        """The coefficients; in each component's eigenbasis, xt less its mean, and variance, (B, K, D); log weight x density (B, K)."""
+        c = self.process.coefs(t.double(), 3)
+        y = torch.einsum("bkd,kde->bke", xt.double().flatten(1)[:, None] - c.alpha * self.means, self.vectors)
+        variance = c.alpha**2 * self.values + c.sigma**2
+        log_p = -0.5 * (y**2 / variance + (2 * math.pi * variance).log()).sum(2)
+        log_w = self.weights.log().expand(len(xt), -1)
+        if label is not None:
+            K = len(self.weights)
+            alone = torch.where(label[:, None] == torch.arange(K), 0.0, -math.inf)
+            log_w = torch.where(label[:, None] < K, alone, log_w)
+        return c, y, variance, log_w + log_p
+
+    def __call__(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """The prediction at xt (B, ...) and t (B,), in the type of xt."""
+        c, y, variance, log_p = self.components(xt, t, label)
+        share = log_p.softmax(1)[:, :, None]
+        x1 = c.sigma * torch.einsum("bke,kde->bkd", y / variance, self.vectors)
+        x0 = self.means + c.alpha * torch.einsum("bke,kde->bkd", self.values * y / variance, self.vectors)
+        p, q = choose(PREDICTIONS, self.kind, c=c)
+        return (share * (p * x0 + q * x1)).sum(1).reshape(xt.shape).to(xt.dtype)
+
+    def log_prob(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """log p_t(xt), (B,), in nats, float64."""
+        return self.components(xt, t, label)[3].logsumexp(1)
+
+    def sample(self, n: int, generator: torch.Generator | None = None, t: float = 0.0) -> tuple[Tensor, Tensor]:
+        """n draws of xt (n, ...) at one time (0: of the data), float64, and their components (n,) int64."""
+        label = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        x0, x1 = torch.randn(2, n, self.means.shape[1], dtype=torch.float64, generator=generator)
+        x0 = self.means[label] + torch.einsum("be,bde->bd", self.values[label].sqrt() * x0, self.vectors[label])
+        xt = self.process.interpolate(x0, x1, torch.full((n,), t, dtype=torch.float64)) if t else x0
+        return xt.reshape(n, *self.shape), label
+
+    def moments(self, t: float) -> tuple[Tensor, Tensor]:
+        """Mean (D,) and covariance (D, D) of xt at one time."""
+        c, mean = self.process.at(t), self.weights @ self.means
+        second = self.covariances + self.means[:, :, None] * self.means[:, None]
+        covariance = torch.einsum("k,kde->de", self.weights, second) - mean[:, None] * mean
+        return c.alpha * mean, c.alpha**2 * covariance + c.sigma**2 * torch.eye(len(mean))
+
+    def flow(self, x: Tensor, t_from: float, t_to: float) -> Tensor:
+        """The exact solution of the ODE from x (B, ...) at one time to another, for one Gaussian: it keeps standardized coordinates."""
+        assert len(self.weights) == 1
+        (_, y, v_from, _), (c, _, v_to, _) = (self.components(x, torch.full((len(x),), t, dtype=torch.float64), None)
+                                              for t in (t_from, t_to))
+        there = c.alpha * self.means + torch.einsum("bke,kde->bkd", (v_to / v_from).sqrt() * y, self.vectors)
+        return there.reshape(x.shape).to(x.dtype)

@@ -1,0 +1,157 @@
+"""Likelihood: divergences, bits per dimension against the formula, batches, labels, processes, and the way back.
+
+Log-likelihood against the exact value, and the bias of Hutchinson's estimate, are in test_check.py.
+"""
+
+import math
+
+import pytest
+import torch
+from conftest import ROOT, gaussian, launch, run
+
+from check import mixture
+from likelihood import PROBES, bits_per_dim, divergence, log_likelihood, log_likelihoods, log_normal, sample_with_log_likelihood
+from oracle import GaussianMixture
+from processes import PROCESSES
+from sampling import Field
+from utils import UserError
+
+SETTINGS = dict(model_type="velocity", T_min=1e-4, T_max=0.9999, device="cpu", seed=0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2, 2)])
+def test_divergence_is_the_trace_of_the_jacobian(shape):
+    torch.manual_seed(0)
+    mix = torch.nn.Linear(math.prod(shape), math.prod(shape), dtype=torch.float64)
+
+    def velocity(x):
+        return torch.tanh(mix(x.flatten(1))).reshape(x.shape) * x
+
+    x = torch.randn(4, *shape, dtype=torch.float64, requires_grad=True)
+    jacobian = torch.autograd.functional.jacobian(velocity, x).reshape(4, math.prod(shape), 4, math.prod(shape))
+    per_row = torch.stack([jacobian[i, :, i] for i in range(4)])
+    torch.testing.assert_close(divergence(velocity(x), x, None), torch.einsum("bdd->b", per_row))
+    e = torch.randn(4, *shape, dtype=torch.float64)
+    torch.testing.assert_close(divergence(velocity(x), x, e), torch.einsum("bd,bde,be->b", e.flatten(1), per_row, e.flatten(1)))
+
+
+def test_probes():
+    noise = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    signs = PROBES["rademacher"](lambda: noise)
+    assert set(signs.tolist()) == {-1.0, 1.0} and abs(signs.mean()) < 4 / 316 and PROBES["exact"]() is None
+    assert torch.equal(PROBES["gaussian"](lambda: noise), noise)
+
+
+def test_default_prior_is_where_sampling_starts(process):
+    """Given the noise N(0, sigma(T_max)^2), the model's density: within 0.01 nats of the data's, where the process forgets them."""
+    data = mixture(process)
+    x0 = data.sample(20, torch.Generator().manual_seed(0), 1e-4)[0]
+    log_p = log_likelihood(Field(data, process, "velocity"), x0, 1e-4, 0.9999)
+    exact = data.log_prob(x0, torch.full((20,), 1e-4, dtype=torch.float64))
+    assert 1e-6 < (log_p - exact).abs().max() < 0.02
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    torch.testing.assert_close(log_normal(x, 1.7), torch.distributions.Normal(0, 1.7).log_prob(x).sum((1, 2)))
+
+
+def test_forward_and_back(process):
+    """A sample's log-likelihood is that which the sample gets: from noise to data and from data to noise."""
+    field, x1 = Field(mixture(process), process, "velocity"), process.at(0.999).sigma * torch.randn(20, 2, dtype=torch.float64)
+    for probe in (None, torch.ones(20, 2, dtype=torch.float64)):
+        x0, log_p = sample_with_log_likelihood(field, x1, 1e-3, 0.999, probe, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(log_likelihood(field, x0, 1e-3, 0.999, probe, rtol=1e-7, atol=1e-7), log_p, rtol=0, atol=1e-4)
+
+
+def test_bits_per_dim_of_a_gaussian():
+    """Pixels from N(0, 0.5^2) on [-1, 1]: on average 1/2 log2(2 pi e std^2) - log2(bin) bits, and each image as its density says."""
+    process, std = PROCESSES["rf"](), 0.5
+    images = torch.randn(600, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * std
+    pixels = (images * 127.5 + 127.5).round()  # whole numbers; beyond 0 ... 255 too, so that the density is the Gaussian's
+    data = GaussianMixture(process, "velocity", torch.zeros(1, 1, 2, 2), std**2)
+    log_p = torch.cat(list(log_likelihoods(data, process, (pixels - 127.5) / 127.5, rows=range(600), probe="exact", bin_width=1 / 127.5,
+                                           rtol=1e-6, atol=1e-6, **SETTINGS)))
+    bits = bits_per_dim(log_p, 4)
+    formula = 0.5 * math.log2(2 * math.pi * math.e * std**2) + math.log2(127.5)
+    assert abs(bits.mean() - formula) < 4 * bits.std() / 600**0.5
+    exact = -torch.distributions.Normal(0, std).log_prob(images).sum((1, 2, 3)) / 4 / math.log(2) + math.log2(127.5)
+    assert (bits - exact).abs().mean() < 0.01  # dequantization moves a pixel by up to 1/255
+    # a pixel of 256 equal grey levels has 8 bits
+    assert bits_per_dim(torch.tensor(-3 * math.log(2.0)), 3, 2 / 256).item() == pytest.approx(8)
+
+
+def test_dequantization_is_uniform_and_of_the_width():
+    seen = []
+    process = PROCESSES["rf"]()
+
+    def net(x, t, label):
+        seen.append(x.detach())
+        return x
+
+    data = torch.zeros(2000, 3)
+    list(log_likelihoods(net, process, data, rows=range(2000), batch_size=2000, bin_width=0.2, **SETTINGS))
+    first = seen[0].flatten()
+    assert first.min() >= -0.1 and first.max() <= 0.1 and abs(first.std() - 0.2 / 12**0.5) < 0.002 and abs(first.mean()) < 0.003
+    seen.clear()
+    list(log_likelihoods(net, process, data, rows=range(4), **SETTINGS))
+    assert (seen[0] == 0).all()
+
+
+@pytest.mark.parametrize("probe", list(PROBES))
+def test_rows_do_not_depend_on_the_batch(probe):
+    process = PROCESSES["cosine"]()
+    data = mixture(process)
+    x0 = data.sample(40, torch.Generator().manual_seed(0))[0].float()
+
+    def of(rows, batch_size, seed=0):
+        settings = {**SETTINGS, "seed": seed, "probe": probe, "bin_width": 0.05}
+        return torch.cat(list(log_likelihoods(data, process, x0, rows=rows, batch_size=batch_size, **settings)))
+
+    whole = of(range(40), 40)
+    torch.testing.assert_close(of(range(40), 7), whole, rtol=0, atol=3e-3)  # the solver's steps are the batch's
+    torch.testing.assert_close(of(range(23, 40), 40), whole[23:], rtol=0, atol=3e-3)
+    assert (of(range(40), 40, seed=1) - whole).abs().max() > 0.01
+
+
+def test_labels_go_with_their_rows():
+    process = PROCESSES["rf"]()
+    data = mixture(process)
+    x0, label = data.sample(30, torch.Generator().manual_seed(0))
+    rows = range(10, 30)
+    log_p = torch.cat(list(log_likelihoods(data, process, x0, rows=rows, labels=label, batch_size=6, probe="exact", **SETTINGS)))
+    exact = data.log_prob(x0, torch.full((30,), 1e-4), label)[10:]
+    torch.testing.assert_close(log_p, exact, rtol=0, atol=0.02)
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    script = tmp_path / "both.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.distributed as dist
+from check import mixture
+from likelihood import log_likelihoods
+from main import leave
+from processes import PROCESSES
+from utils import gather_rows, rank, share, world_size
+if world_size() > 1:
+    dist.init_process_group("gloo")
+process = PROCESSES["rf"]()
+data = mixture(process)
+x0 = data.sample(33, torch.Generator().manual_seed(0))[0].float()
+mine = share(33)
+batches = log_likelihoods(data, process, x0, rows=mine, model_type="velocity", T_min=1e-4, T_max=0.9999, device="cpu", seed=0, batch_size=5)
+log_p = gather_rows(torch.cat(list(batches)))
+if rank() == 0:
+    torch.save(log_p, sys.argv[1])
+leave(None, torch.device("cpu"))
+""")
+    for name, words in (("one.pt", ["python"]), ("two.pt", launch(2))):
+        result = run(*words, script, tmp_path / name)
+        assert result.returncode == 0, result.stderr
+    one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    assert one.shape == (33,)
+    torch.testing.assert_close(two, one, rtol=0, atol=3e-3)
+
+
+def test_unknown_probe():
+    process = PROCESSES["rf"]()
+    with pytest.raises(UserError, match="exact, rademacher, gaussian"):
+        list(log_likelihoods(gaussian(process), process, torch.zeros(2, 1), rows=range(2), probe="trace", **SETTINGS))
