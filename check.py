@@ -24,7 +24,7 @@ STEPS = {"euler_maruyama": 200, "stochastic_heun": 50, "predictor_corrector": 10
 
 
 def mixture(process: Process, kind: str = "velocity") -> GaussianMixture:
-    """Three Gaussians in the plane, of weights 0.5, 0.3 and 0.2; mean and variance are near 0 and 1."""
+    """Three Gaussians in the plane, of weights 0.5, 0.3 and 0.2."""
     means = torch.tensor([[1.2, 0.0], [-0.8, 0.9], [-0.6, -1.0]])
     covariances = torch.tensor([[[0.2, 0.1], [0.1, 0.1]], [[0.05, 0.0], [0.0, 0.2]], [[0.1, -0.05], [-0.05, 0.1]]])
     return GaussianMixture(process, kind, means, covariances, torch.tensor([0.5, 0.3, 0.2]))
@@ -39,6 +39,11 @@ def time_of(process: Process, ratio: float) -> float:
     return process.time(torch.tensor(-2 * math.log(ratio))).item()
 
 
+def greatest(values) -> float:
+    """The greatest of these numbers; not a number if one of them is none, which Python's max may pass over."""
+    return torch.tensor(list(values)).max().item()
+
+
 def relative(mine: torch.Tensor, exact: torch.Tensor) -> float:
     """The greatest error, relative to the number itself or, where that is small, to their root mean square."""
     return ((mine - exact).abs() / exact.abs().clamp(min=exact.square().mean().sqrt().item())).max().item()
@@ -49,12 +54,12 @@ def relative(mine: torch.Tensor, exact: torch.Tensor) -> float:
 
 def derivative_error(process: Process) -> float:
     """alpha_dot and sigma_dot against automatic differentiation, float64, relative."""
-    t, worst = torch.linspace(T_MIN, T_MAX, 999, dtype=torch.float64), 0.0
+    t, errors = torch.linspace(T_MIN, T_MAX, 999, dtype=torch.float64), []
     for name in ("alpha", "sigma"):
         exact = torch.func.jvp(getattr(process, name), (t,), (torch.ones_like(t),))[1]
         mine = getattr(process, name + "_dot")(t)
-        worst = max(worst, ((mine - exact).abs() / exact.abs().clamp(min=1e-300)).max().item())
-    return worst
+        errors.append(((mine - exact).abs() / exact.abs().clamp(min=1e-300)).max())
+    return greatest(errors)
 
 
 def float32_error(process: Process) -> float:
@@ -63,7 +68,7 @@ def float32_error(process: Process) -> float:
     here, exact = process.coefs(t), process.coefs(t.double())
     names = ("alpha", "sigma", "alpha_dot", "sigma_dot", "delta", "f", "g")
     pairs = [(getattr(here, name), getattr(exact, name)) for name in names]
-    return max(((a.double() - b).abs() / b.abs().clamp(min=1e-300)).max().item() for a, b in pairs)
+    return greatest(((a.double() - b).abs() / b.abs().clamp(min=1e-300)).max() for a, b in pairs)
 
 
 # ---- Predictions
@@ -73,12 +78,12 @@ def round_trip_error(process: Process) -> float:
     """Every kind of prediction as every other and back, float64, relative."""
     t = torch.linspace(0.02, 0.98, 64, dtype=torch.float64)
     x0, x1 = torch.randn(2, 64, 3, dtype=torch.float64, generator=seeded())
-    c, xt, worst = process.coefs(t, 2), process.interpolate(x0, x1, t), 0.0
+    c, xt, errors = process.coefs(t, 2), process.interpolate(x0, x1, t), []
     for kind in PREDICTIONS:
         for to in PREDICTIONS:
             y, there = target(kind, c, x0, x1), target(to, c, x0, x1)
-            worst = max(worst, relative(convert(y, xt, c, kind, to), there), relative(convert(there, xt, c, to, kind), y))
-    return worst
+            errors += [relative(convert(y, xt, c, kind, to), there), relative(convert(there, xt, c, to, kind), y)]
+    return greatest(errors)
 
 
 def conversion_error(process: Process) -> float:
@@ -88,7 +93,7 @@ def conversion_error(process: Process) -> float:
     c, xt = process.coefs(t, 2), process.interpolate(x0, x1, t).requires_grad_()
     exact = {kind: mixture(process, kind)(xt, t).detach() for kind in PREDICTIONS}
     (exact["score"],) = torch.autograd.grad(mixture(process).log_prob(xt, t).sum(), xt)
-    return max(relative(convert(mixture(process, kind)(xt, t), xt, c, kind, to).detach(), exact[to]) for kind in exact for to in exact)
+    return greatest(relative(convert(mixture(process, kind)(xt, t), xt, c, kind, to).detach(), exact[to]) for kind in exact for to in exact)
 
 
 # ---- Samplers
@@ -127,7 +132,7 @@ def sde_error(process: Process, sampler: str, n: int = 4000) -> float:
     nearest to a component, by its density.
     """
     high, low = time_of(process, 20.0), time_of(process, 0.02)
-    data, generator, worst = mixture(process), seeded(1), 0.0
+    data, generator, errors = mixture(process), seeded(1), []
     ts = make_grid(STEPS[sampler], low, high, "edm", process=process, rho=7.0)
 
     def statistics(x):
@@ -141,8 +146,8 @@ def sde_error(process: Process, sampler: str, n: int = 4000) -> float:
         field, x = Field(data, process, "velocity", sde_diffusion=diffusion), data.sample(n, generator, high)[0]
         noise = lambda: torch.randn(n, 2, dtype=x.dtype, generator=generator)  # noqa: B023, E731
         got = statistics(SDE_SAMPLERS[sampler](field, x, ts, noise)).mean(0)
-        worst = max(worst, ((got - exact.mean(0)) / exact.std(0) * n**0.5).abs().max().item())
-    return worst
+        errors.append(((got - exact.mean(0)) / exact.std(0) * n**0.5).abs().max())
+    return greatest(errors)
 
 
 # ---- Likelihood
@@ -156,7 +161,7 @@ def likelihood_error(process: Process) -> float:
     there = log_likelihood(field, x0, T_MIN, T_MAX, log_prior=lambda x: data.log_prob(x, times[1]), rtol=1e-6, atol=1e-6)
     back, change = flow(field, x1, T_MAX, T_MIN, rtol=1e-6, atol=1e-6)
     errors = there - data.log_prob(x0, times[0]), data.log_prob(x1, times[1]) + change - data.log_prob(back, times[0])
-    return max(error.abs().max().item() for error in errors)
+    return greatest(error.abs().max() for error in errors)
 
 
 def hutchinson_error(process: Process, probe: str) -> float:
@@ -223,12 +228,12 @@ def plot(path: str) -> None:
 def main() -> None:
     wrong, rows = [], []
     with progress_bar(total=len(CHECKS) * len(PROCESSES), unit=" checks", leave=False) as bar:
-        for name, (check, least, greatest) in CHECKS.items():
-            cells = [f"{least:g} to {greatest:g}" if least else f"< {greatest:g}"]
+        for name, (check, least, most) in CHECKS.items():
+            cells = [f"{least:g} to {most:g}" if least else f"< {most:g}"]
             for key, process in PROCESSES.items():
                 value = check(process())
-                cells.append(f"{value:.2f}" if greatest > 1 else f"{value:.0e}")
-                if not least <= value <= greatest:
+                cells.append(f"{value:.2f}" if most > 1 else f"{value:.0e}")
+                if not least <= value <= most:
                     wrong.append(f"{name}, {key}: {value}, expected {cells[0]}")
                 bar.update()
             rows.append([name, *cells])

@@ -33,7 +33,7 @@ class Config:
     sigma_min: float = 0.002  # ve, ve_linear, edm: sigma at t = 0 (Song et al. 2021 take 0.01 for ve).
     sigma_max: float = 80.0  # ve, ve_linear, edm: sigma at t = 1 (Song et al. 2021 take 50 for ve).
     rho: float = 7.0  # Process edm and grid edm: sigma^(1 / rho) takes equal steps.
-    coupling: str = "independent"  # Which noise goes with which data in a batch; ot_within_class for conditional models.
+    coupling: str = "independent"  # Which noise goes with which data; ot_within_class for labels. All processes see all rows.
     T_min: float = 1e-4  # Least time, in training and sampling.
     T_max: float = 0.9999  # Greatest time, in training and sampling.
 
@@ -92,8 +92,9 @@ class Config:
     churn_min: float = 0.01  # edm_churn: least sigma / alpha at which noise is added.
     churn_max: float = 1.0  # edm_churn: greatest sigma / alpha at which noise is added.
     churn_noise: float = 1.0  # edm_churn: standard deviation of that noise; EDM takes up to 1.007 against lost detail.
-    rtol: float = 1e-5  # dopri5 and likelihood: relative tolerance.
-    atol: float = 1e-5  # dopri5 and likelihood: absolute tolerance.
+    rtol: float = 1e-5  # dopri5: relative tolerance.
+    atol: float = 1e-5  # dopri5: absolute tolerance.
+    denoise: bool = False  # Take the predicted x0 at the end, without the noise left at T_min.
     guidance_scale: float = 1.0  # Classifier-free guidance; 1 is none.
     guidance_t_min: float = 0.0  # Least time at which guidance acts.
     guidance_t_max: float = 1.0  # Greatest time at which guidance acts.
@@ -142,7 +143,7 @@ PRESETS = {
     "image_folder": dict(run_name="image_folder", dataset="image_folder", data_dir="data/images", class_conditional=True),
     "cifar10_edm": dict(
         run_name="cifar10_edm", process="edm", model_type="edm", target_type="edm", precondition=True, time_sampler="edm_log_normal",
-        T_min=0.0, T_max=1.0, sampling_steps=18, sde_sampler="edm_churn",
+        T_min=0.0, T_max=1.0, sampling_steps=17, denoise=True, sde_sampler="edm_churn",  # 18 noise levels, and 0
     ),
     "moons": dict(
         run_name="moons", dataset="moons", network="mlp", random_flip=False, sigma_data=1.0, dropout=0.0, batch_size=512,
@@ -172,10 +173,10 @@ CHOICES = {
 # Settings that may differ when a run goes on: they change how it is run and watched, and what it computes by no more than rounding
 # (device, bf16, ...) or the draws of dropout (accumulation_steps).
 MAY_CHANGE = {
-    "ckpt_dir", "data_dir", "accumulation_steps", "num_training_steps", "sampler", "sde_sampler", "sampling_steps", "grid", "grid_shift",
-    "sde_diffusion", "sde_scale", "corrector_snr", "churn", "churn_min", "churn_max", "churn_noise", "rtol", "atol", "guidance_scale",
-    "guidance_t_min", "guidance_t_max", "num_samples", "sampling_batch_size", "log_every", "sample_every", "save_every", "wandb",
-    "wandb_project", "device", "bf16", "compile", "channels_last", "tf32",
+    "ckpt_dir", "data_dir", "accumulation_steps", "num_training_steps", "sampler", "sde_sampler", "sampling_steps", "grid",
+    "grid_shift", "sde_diffusion", "sde_scale", "corrector_snr", "churn", "churn_min", "churn_max", "churn_noise", "rtol", "atol",
+    "denoise", "guidance_scale", "guidance_t_min", "guidance_t_max", "num_samples", "sampling_batch_size", "log_every", "sample_every",
+    "save_every", "wandb", "wandb_project", "device", "bf16", "compile", "channels_last", "tf32",
 }
 
 
@@ -186,7 +187,7 @@ def out_of_range(settings: dict) -> list[str]:
              if isinstance(value, float) and not math.isfinite(value)]
     positive = ("batch_size", "accumulation_steps", "num_training_steps", "base_lr", "sampling_steps", "num_samples", "log_every",
                 "sampling_batch_size", "image_size", "model_channels", "num_res_blocks", "hidden_dim", "num_layers", "logit_normal_scale",
-                "edm_P_std", "time_beta_a", "time_beta_b", "min_snr_gamma", "sigma_data", "rho", "grid_shift", "rtol", "atol", "num")
+                "edm_P_std", "time_beta_a", "time_beta_b", "min_snr_gamma", "sigma_data", "grid_shift", "rtol", "atol", "num")
     not_negative = ("warmup_steps", "weight_decay", "grad_clip_norm", "sample_every", "save_every", "min_lr", "sde_scale", "corrector_snr",
                     "churn", "churn_min", "churn_noise")
     shares = ("dropout", "label_dropout", "ema_decay")
@@ -196,6 +197,7 @@ def out_of_range(settings: dict) -> list[str]:
         (("seed",), "0 or more, and less than 2^32", lambda value: 0 <= value < 2**32),
         (("model_channels",), "2 or more, or the network cannot see the time", lambda value: value != 1),
         (shares, "a number in [0, 1)", lambda value: 0 <= value < 1),
+        (("rho",), "0.1 or more", lambda value: value >= 0.1),
         (("mode_scale",), "a number from -1 to 1.75, or the times would not be one to one", lambda value: -1 <= value <= 1.75),
     ):
         found += [f"{name} is {given[name]}: expected {expected}" for name in names if name in given and not fits(given[name])]
@@ -209,7 +211,7 @@ def problems(c: Config, world_size: int) -> list[str]:
     """Settings out of range, or that contradict each other, one line each with the way out; an empty list if all is well.
 
     `world_size` is the number of processes. What depends on the data or on a formula is checked where it is known
-    (data_utils.load_dataset, sampling.check_times), also before any data is read.
+    (data_utils.load_dataset, trainer.check_settings), also before any data is read.
     """
     found = out_of_range(vars(c))
     if found:

@@ -3,16 +3,11 @@
 Training on pairs that are close makes the paths of a flow cross less, so that fewer steps follow them (Pooladian et al. 2023,
 "Multisample Flow Matching"; Tong et al. 2023, "Improving and Generalizing Flow-Based Generative Models with Minibatch Optimal
 Transport"). x1 is then no longer independent of x0, so score = -x1 / sigma does not hold: sample by the ODE, with a velocity.
-To add a coupling, write such a function and give it a row in COUPLINGS.
+Every process looks at the whole batch, and orders it alike. To add a coupling, write such a function and give it a row in COUPLINGS.
 """
 
 import torch
 from torch import Tensor
-
-
-def independent(x0: Tensor, x1: Tensor, label: Tensor | None) -> Tensor:
-    """As they are drawn."""
-    return torch.arange(len(x0), device=x0.device)
 
 
 def optimal_transport(x0: Tensor, x1: Tensor, label: Tensor | None) -> Tensor:
@@ -33,4 +28,4 @@ def optimal_transport_within_class(x0: Tensor, x1: Tensor, label: Tensor | None)
     return order
 
 
-COUPLINGS = {"independent": independent, "ot": optimal_transport, "ot_within_class": optimal_transport_within_class}
+COUPLINGS = {"independent": None, "ot": optimal_transport, "ot_within_class": optimal_transport_within_class}

@@ -195,14 +195,11 @@ def main(arguments: list[str]) -> None:
     config = read_config(arguments)
     with set_up(config.device, config.tf32) as device:
         from data_utils import check_labels, load_dataset
-        from processes import make_process
-        from sampling import check_times
-        from trainer import DiffusionTrainer
+        from trainer import DiffusionTrainer, check_settings
         from utils import print0, rank0_first, world_size
 
         print0(f"{config.run_name} on {world_size()} x {device.type}\n{in_short(config)}")
-        settings = dataclasses.asdict(config)
-        check_times(**{**settings, "process": make_process(**settings)})
+        check_settings(config)
         if config.class_conditional:
             check_labels(config.dataset)
         dataset = rank0_first(lambda first: load_dataset(config.dataset, config.data_dir, config.image_size, download=first))

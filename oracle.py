@@ -27,10 +27,11 @@ class GaussianMixture:
         self.means = means.double().flatten(1)  # (K, D)
         K, D = self.means.shape
         if not isinstance(covariances, Tensor):
-            covariances = covariances * torch.eye(D).expand(K, D, D)
+            covariances = covariances * torch.eye(D, device=means.device).expand(K, D, D)
         self.covariances = covariances.double()
-        self.values, self.vectors = torch.linalg.eigh(self.covariances)  # (K, D), (K, D, D)
-        self.weights = torch.ones(K).double() / K if weights is None else weights.double()
+        values, self.vectors = torch.linalg.eigh(self.covariances)  # (K, D), (K, D, D)
+        self.values = values.clamp(min=0)  # rounding makes a 0 negative
+        self.weights = torch.ones_like(self.means[:, 0]) / K if weights is None else weights.double()
 
     def components(self, xt: Tensor, t: Tensor, label: Tensor | None):
         """The coefficients; in each component's eigenbasis, xt less its mean, and variance, (B, K, D); log weight x density (B, K)."""
@@ -41,7 +42,7 @@ class GaussianMixture:
         log_w = self.weights.log().expand(len(xt), -1)
         if label is not None:
             K = len(self.weights)
-            alone = torch.where(label[:, None] == torch.arange(K), 0.0, -math.inf)
+            alone = torch.where(label[:, None] == torch.arange(K, device=label.device), 0.0, -math.inf)
             log_w = torch.where(label[:, None] < K, alone, log_w)
         return c, y, variance, log_w + log_p
 
@@ -61,9 +62,9 @@ class GaussianMixture:
     def sample(self, n: int, generator: torch.Generator | None = None, t: float = 0.0) -> tuple[Tensor, Tensor]:
         """n draws of xt (n, ...) at one time (0: of the data), float64, and their components (n,) int64."""
         label = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        x0, x1 = torch.randn(2, n, self.means.shape[1], dtype=torch.float64, generator=generator)
+        x0, x1 = torch.randn(2, n, self.means.shape[1], dtype=torch.float64, device=self.means.device, generator=generator)
         x0 = self.means[label] + torch.einsum("be,bde->bd", self.values[label].sqrt() * x0, self.vectors[label])
-        xt = self.process.interpolate(x0, x1, torch.full((n,), t, dtype=torch.float64)) if t else x0
+        xt = self.process.interpolate(x0, x1, torch.full_like(x0[:, 0], t)) if t else x0
         return xt.reshape(n, *self.shape), label
 
     def moments(self, t: float) -> tuple[Tensor, Tensor]:
@@ -71,12 +72,12 @@ class GaussianMixture:
         c, mean = self.process.at(t), self.weights @ self.means
         second = self.covariances + self.means[:, :, None] * self.means[:, None]
         covariance = torch.einsum("k,kde->de", self.weights, second) - mean[:, None] * mean
-        return c.alpha * mean, c.alpha**2 * covariance + c.sigma**2 * torch.eye(len(mean))
+        return c.alpha * mean, c.alpha**2 * covariance + c.sigma**2 * torch.eye(len(mean), device=mean.device)
 
     def flow(self, x: Tensor, t_from: float, t_to: float) -> Tensor:
         """The exact solution of the ODE from x (B, ...) at one time to another, for one Gaussian: it keeps standardized coordinates."""
         assert len(self.weights) == 1
-        (_, y, v_from, _), (c, _, v_to, _) = (self.components(x, torch.full((len(x),), t, dtype=torch.float64), None)
+        (_, y, v_from, _), (c, _, v_to, _) = (self.components(x, torch.full((len(x),), t, dtype=torch.float64, device=x.device), None)
                                               for t in (t_from, t_to))
         there = c.alpha * self.means + torch.einsum("bke,kde->bkd", (v_to / v_from).sqrt() * y, self.vectors)
         return there.reshape(x.shape).to(x.dtype)

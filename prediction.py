@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from processes import Coefs, Process
-from utils import choose
+from utils import append_dims, choose
 
 PREDICTIONS = {
     "x0": lambda c: (torch.ones_like(c.alpha), torch.zeros_like(c.alpha)),
@@ -39,7 +39,7 @@ def convert(y: Tensor, xt: Tensor, c: Coefs, kind: str, to: str) -> Tensor:
     """A prediction `y` of one kind at `xt`, both (B, ...), as the kind `to`. The same kind returns `y` itself.
 
     Raises UserError for an unknown kind. Where `kind` says nothing about `to` (D = 0, such as x0 at sigma = 0), the result is
-    not finite: `sampling.check_times` finds such settings.
+    not finite: `trainer.check_settings` finds such settings.
     """
     if kind == to:
         return y
@@ -60,8 +60,9 @@ class Preconditioned(nn.Module):
         self.net, self.process = net, process
 
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        c = self.process.coefs(t, xt.ndim)
-        return self.net(xt / c.variance.sqrt(), -self.process.coefs(t).log_snr / 8, label)
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)  # not coefs: derivatives would only burden torch.compile
+        c_in = (alpha**2 * self.process.sigma_data**2 + sigma**2).rsqrt()
+        return self.net(append_dims(c_in, xt.ndim) * xt, -self.process.log_snr(t) / 8, label)
 
 
 # The weight of a time in the loss, for the squared error of x0, which is `x0_error` times that of the target.

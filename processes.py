@@ -77,9 +77,13 @@ class Process:
         t = torch.tensor(time, dtype=torch.float64)
         return Coefs(*(c(t) for c in (self.alpha, self.sigma, self.alpha_dot, self.sigma_dot)), self.sigma_data)
 
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2), in the shape of t."""
+        return 2 * (self.alpha(t).log() - self.sigma(t).log())
+
     def time(self, log_snr: Tensor) -> Tensor:
         """The t in [0, 1] of these log(alpha^2 / sigma^2), in float64, by bisection; the nearer end for those that no t has."""
-        return invert(lambda t: Coefs(self.alpha(t), self.sigma(t), t, t).log_snr, log_snr.double(), 0.0, 1.0)
+        return invert(self.log_snr, log_snr.double(), 0.0, 1.0)
 
     def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         """xt = alpha x0 + sigma x1, for x0 and x1 (B, ...) and t (B,)."""

@@ -28,6 +28,7 @@ class Options:
     sampling_steps: int | None = None  # Steps from noise to data; None: the run's own.
     grid: str | None = None  # Times of the steps; None: the run's own.
     grid_shift: float | None = None  # shifted: above 1 for shorter steps near the noise; None: the run's own.
+    denoise: bool | None = None  # Take the predicted x0 at the end, without the noise left at T_min; None: the run's own.
     guidance_scale: float | None = None  # Guidance, 1 is none; None: the run's own.
     guidance_t_min: float | None = None  # Least time at which guidance acts; None: the run's own.
     guidance_t_max: float | None = None  # Greatest time at which guidance acts; None: the run's own.
@@ -83,6 +84,8 @@ def load_guide(path: str, config: Config, spec, device):
 
     state, theirs, data = load_run(path)
     different = [name for name in SAME_IN_GUIDE if getattr(theirs, name) != getattr(config, name)]
+    if theirs.class_conditional and not config.class_conditional and theirs.label_dropout == 0:
+        raise UserError(f"guide {path} was never trained without labels, and there are none: use one with label_dropout above 0")
     if data != spec or different:
         raise UserError(f"guide {path} differs in {', '.join(different) or 'its data'}: expected a run with the same data and the same "
                         f"{', '.join(SAME_IN_GUIDE)}")
@@ -104,14 +107,15 @@ def main(arguments: list[str]) -> None:
 
         import saving
         from logging_utils import image_grid, scatter_plot
-        from sampling import check_times
-        from trainer import build, draw_all
+        from trainer import build, check_settings, draw_all
         from utils import UserError, on_rank0, print0, write_atomically
 
         state, config, spec = load_run(options.ckpt)
         own = {f.name for f in dataclasses.fields(Config)} - {"batch_size", "device"}
         chosen = {name: value for name, value in vars(options).items() if name in own and value is not None}
         config = dataclasses.replace(config, sampling_batch_size=options.batch_size, **chosen)
+        for problem in out_of_range(vars(config)):
+            raise UserError(problem)
         if options.labels != "all" and not config.class_conditional:
             raise UserError(f"labels {options.labels!r}: the network of {options.ckpt} takes none; leave --labels out")
         guide = options.guide and load_guide(options.guide, config, spec, device)
@@ -124,7 +128,7 @@ def main(arguments: list[str]) -> None:
 
         try:
             process, net = build(config, spec, device)
-            check_times(**{**vars(config), "process": process})
+            check_settings(config)
         except UserError as error:
             raise UserError(f"{options.ckpt}: {error}") from error
         saving.restore(net, state["ema"]["net"] if options.weights == "ema" else state["net"], options.ckpt)
@@ -141,8 +145,9 @@ def main(arguments: list[str]) -> None:
             write_atomically(png, lambda file: picture.save(file, format="PNG"))
 
         on_rank0(write)
-        print0(f"{options.num} samples of {options.weights} weights at step {state['step']}, by {config.sampling_steps} steps of "
-               f"{config.sampler}: {options.out} and {png}")
+        steps = f"{config.sampling_steps} steps of " if config.sampler != "dopri5" else ""  # which chooses its own
+        print0(f"{options.num} samples of {options.weights} weights at step {state['step']}, by {steps}{config.sampler}: "
+               f"{options.out} and {png}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """From noise to data: ODE and SDE samplers, the grids of times, classifier-free guidance and autoguidance.
 
-A sampler is a flat function `sampler(field, x, ts, noise) -> x` of a field, a state x at ts[0] and a grid ts that falls from
-ts[0] to ts[-1]. n steps take a grid of n + 1 times, and x ends at ts[-1]. Time runs backwards, so every step has dt < 0:
+A sampler is a flat function `sampler(field, x, ts) -> x` of a field, a state x at ts[0] and a grid ts that falls from ts[0] to
+ts[-1]; one of the SDE also takes `noise`. n steps take a grid of n + 1 times, and x ends at ts[-1]. Time runs backwards, so every
+step has dt < 0:
 
     ODE:  dx = velocity dt                                     (Song et al. 2021, eq. 13)
     SDE:  dx = (velocity - eps score) dt + sqrt(2 eps) dW      (Ma et al. 2024, "SiT", section 2)
@@ -16,11 +17,11 @@ import math
 import torch
 from torch import Tensor
 
-from prediction import convert, loss_weight, target
+from prediction import convert
 from processes import Process
 from utils import RowNoise, UserError, call, choose
 
-# eps of the SDE at coefficients c and time t (Ma et al. 2024, table 2, halved: there w = 2 eps)
+# eps of the SDE at coefficients c and time t: those of SiT's code, whose paper writes w for 2 eps (Ma et al. 2024)
 DIFFUSIONS = {
     "delta": lambda c: c.delta,
     "sigma": lambda c: c.sigma,
@@ -43,15 +44,15 @@ class Field:
                  guidance_t_min: float = 0.0, guidance_t_max: float = 1.0, sde_diffusion: str = "delta", sde_scale: float = 1.0):
         self.net, self.process, self.model_type, self.label = net, process, model_type, label
         self.guide = guide or (lambda x, t, label: net(x, t, None))
-        guided = guidance_scale != 1 and (guide is not None or label is not None)
-        self.guidance_scale, self.interval = guidance_scale, (guidance_t_min, guidance_t_max) if guided else (2, 2)
+        self.guided = guidance_scale != 1 and (guide is not None or label is not None)
+        self.guidance_scale, self.guidance_t_min, self.guidance_t_max = guidance_scale, guidance_t_min, guidance_t_max
         self.sde_diffusion, self.sde_scale = sde_diffusion, sde_scale
 
     def predict(self, x: Tensor, time: float) -> Tensor:
         """The guided prediction, of model_type, at x (B, ...) and one time, in the type of x."""
         t = torch.full((x.shape[0],), time, device=x.device, dtype=x.dtype)
         out = self.net(x, t, self.label).to(x.dtype)
-        if self.interval[0] <= time <= self.interval[1]:
+        if self.guided and self.guidance_t_min <= time <= self.guidance_t_max:
             guide = self.guide(x, t, self.label).to(x.dtype)
             out = guide + self.guidance_scale * (out - guide)
         return out
@@ -101,7 +102,7 @@ def shifted(u: Tensor, T_min: float, T_max: float, grid_shift: float) -> Tensor:
 
 
 def log_snr(u: Tensor, T_min: float, T_max: float, process: Process) -> Tensor:
-    """Equal steps of the log-SNR (Lu et al. 2022, "DPM-Solver", section 3.4)."""
+    """Equal steps of the log-SNR (Lu et al. 2022, "DPM-Solver", section 3.3)."""
     return process.time(uniform(u, process.at(T_min).log_snr, process.at(T_max).log_snr))
 
 
@@ -119,45 +120,16 @@ def make_grid(n: int, T_min: float, T_max: float, grid: str = "uniform", **setti
     u = torch.linspace(1, 0, n + 1, dtype=torch.float64)
     ts = [T_max, *choose(GRIDS, grid, u=u, T_min=T_min, T_max=T_max, **settings).tolist()[1:-1], T_min]
     if not all(a > b for a, b in zip(ts, ts[1:])):
-        raise UserError(f"grid {grid} of {n} steps from {T_max} to {T_min} does not fall from time to time: use --T_min 1e-4 "
-                        "--T_max 0.9999, fewer --sampling_steps, or --grid uniform")
+        raise UserError(f"grid {grid} of {n} steps from {T_max} to {T_min} does not fall from time to time: use --grid uniform, "
+                        "fewer --sampling_steps, or a run with --T_min 1e-4 --T_max 0.9999")
     return ts
-
-
-def check_times(process: Process, model_type: str, target_type: str, T_min: float, T_max: float, loss_weighting: str = "none",
-                sampling_steps: int = 1, coupling: str = "independent", sampler: str = "euler", sde_sampler: str | None = None,
-                **settings) -> None:
-    """Raises UserError if what training or sampling computes from a network's output is not finite at T_min or T_max, or not there.
-
-    `settings` are those of LOSS_WEIGHTINGS and GRIDS.
-    """
-    for name, chosen, fix in (("sampler", sampler, "heun"), ("sde_sampler", sde_sampler, "None")):
-        if coupling != "independent" and chosen in SDE_SAMPLERS:
-            raise UserError(f"{name} {chosen} needs the score, which coupling {coupling} does not give, since its noise is not independent "
-                            f"of the data: use --{name} {fix}")
-    one = torch.ones(1, 1)
-    field = Field(lambda x, t, label: one, process, model_type)
-    for name, time, fix in (("T_min", T_min, "--T_min 1e-4"), ("T_max", T_max, "--T_max 0.9999")):
-        c = process.coefs(torch.tensor([time]), ndim=2)
-        values = {
-            f"the target {target_type}": target(target_type, c, one, one),
-            f"{target_type} from a network that predicts {model_type}": convert(one, 2 * one, c, model_type, target_type),
-            f"the loss weighting {loss_weighting}": loss_weight(c, loss_weighting, target_type, **settings),
-            f"the velocity from a network that predicts {model_type}": field.velocity(2 * one, time),
-        }
-        if name == "T_max":  # no sampler wants the score at T_min: the last step is the ODE's
-            values[f"the score from a network that predicts {model_type}"] = field(2 * one, time, "score")
-        for what, value in values.items():
-            if not value.isfinite().all():
-                raise UserError(f"{name} {time}: {what} is not finite there; use {fix}")
-    make_grid(sampling_steps, T_min, T_max, process=process, **settings)
 
 
 # ---- Samplers of the ODE
 
 
 @torch.no_grad()
-def euler(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+def euler(field, x: Tensor, ts: list[float]) -> Tensor:
     """Euler's method: order 1, n network calls."""
     for t, t_next in zip(ts[:-1], ts[1:]):
         x = x + (t_next - t) * field.velocity(x, t)
@@ -171,7 +143,7 @@ def heun_step(field, x: Tensor, t: float, t_next: float) -> Tensor:
 
 
 @torch.no_grad()
-def heun(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+def heun(field, x: Tensor, ts: list[float]) -> Tensor:
     """Heun's method: order 2, 2n - 1 network calls. The last step is Euler's (Karras et al. 2022, algorithm 1)."""
     for t, t_next in zip(ts[:-2], ts[1:-1]):
         x = heun_step(field, x, t, t_next)
@@ -179,7 +151,7 @@ def heun(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
 
 
 @torch.no_grad()
-def midpoint(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+def midpoint(field, x: Tensor, ts: list[float]) -> Tensor:
     """The midpoint rule: order 2, 2n network calls."""
     for t, t_next in zip(ts[:-1], ts[1:]):
         middle = x + (t_next - t) / 2 * field.velocity(x, t)
@@ -188,7 +160,7 @@ def midpoint(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
 
 
 @torch.no_grad()
-def rk4(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+def rk4(field, x: Tensor, ts: list[float]) -> Tensor:
     """The classical Runge-Kutta method: order 4, 4n network calls. It calls the network at ts[-1] too."""
     for t, t_next in zip(ts[:-1], ts[1:]):
         h, middle = t_next - t, (t + t_next) / 2
@@ -201,18 +173,24 @@ def rk4(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
 
 
 def solve_adaptively(slope, state, t_from: float, t_to: float, rtol: float, atol: float):
-    """The solution at t_to of d state / dt = slope(t, state), state a tensor or a tuple of them, by torchdiffeq's dopri5."""
+    """The solution at t_to of d state / dt = slope(t, state), state a tensor or a tuple of them, by torchdiffeq's dopri5.
+
+    Raises UserError where no step is small enough.
+    """
     from torchdiffeq import odeint
 
-    times = torch.tensor([t_from, t_to], dtype=torch.float64)
-    # step_t: it would step over t_to and interpolate, but some processes end there
-    solution = odeint(lambda t, state: slope(t.item(), state), state, times, rtol=rtol, atol=atol, method="dopri5",
-                      options={"step_t": times[1:]})
+    times = torch.tensor([t_from, t_to], dtype=torch.float64, device=(state if isinstance(state, Tensor) else state[0]).device)
+    try:  # step_t: it would step over t_to and interpolate, but some processes end there
+        solution = odeint(lambda t, state: slope(t.item(), state), state, times, rtol=rtol, atol=atol, method="dopri5",
+                          options={"step_t": times[1:]})
+    except AssertionError as error:
+        raise UserError(f"dopri5 found no step from t = {t_from} to {t_to} ({error}): the network's output is not finite, or the "
+                        "tolerances are too small; use --rtol 1e-4 --atol 1e-4, or another --sampler") from error
     return solution[-1] if isinstance(state, Tensor) else [part[-1] for part in solution]
 
 
 @torch.no_grad()
-def dopri5(field, x: Tensor, ts: list[float], noise=None, rtol: float = 1e-5, atol: float = 1e-5) -> Tensor:
+def dopri5(field, x: Tensor, ts: list[float], rtol: float = 1e-5, atol: float = 1e-5) -> Tensor:
     """The adaptive method of Dormand & Prince, order 5, from ts[0] to ts[-1]: `rtol` and `atol` choose the steps, not the grid.
 
     The steps are chosen for the batch as a whole: a sample depends on the others to within the tolerance.
@@ -221,7 +199,7 @@ def dopri5(field, x: Tensor, ts: list[float], noise=None, rtol: float = 1e-5, at
 
 
 @torch.no_grad()
-def ddim(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+def ddim(field, x: Tensor, ts: list[float]) -> Tensor:
     """DDIM without noise: the exponential integrator of order 1, exact for a constant x0 (Song et al. 2020, eq. 12). n network calls."""
     for t, t_next in zip(ts[:-1], ts[1:]):
         x0, x1 = field(x, t, "x0", "x1")
@@ -231,7 +209,7 @@ def ddim(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
 
 
 @torch.no_grad()
-def dpmpp_2m(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+def dpmpp_2m(field, x: Tensor, ts: list[float]) -> Tensor:
     """DPM-Solver++(2M): order 2 by the x0 of the step before, n network calls (Lu et al. 2022, "DPM-Solver++", algorithm 2).
 
     The first step and the last are of order 1: there is no step before, and none that would mend an extrapolation.
@@ -269,7 +247,7 @@ def euler_maruyama(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
 
 @torch.no_grad()
 def stochastic_heun(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
-    """Heun's method, of weak order 2 since the noise does not depend on x: 2n - 1 network calls (Ma et al. 2024, section 3.2)."""
+    """Heun's method, of weak order 2 since the noise does not depend on x: 2n - 1 network calls (Kloeden & Platen 1992, chapter 15)."""
     noise = noise or (lambda: torch.randn_like(x))
     for t, t_next in zip(ts[:-2], ts[1:-1]):
         eps, dt = field.eps(t, t_next), t_next - t
@@ -338,13 +316,13 @@ SAMPLERS = ODE_SAMPLERS | SDE_SAMPLERS
 
 
 def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, seed: int, sampler: str, sampling_steps: int, T_min: float,
-         T_max: float, labels: Tensor | None = None, batch_size: int | None = None, **settings):
+         T_max: float, denoise: bool = False, labels: Tensor | None = None, batch_size: int | None = None, **settings):
     """Yields the samples `rows`, in order, in batches (B, *shape) of float32 on `device`.
 
     Sample i is a function of (seed, i), to rounding (dopri5: to its tolerance): it does not depend on `batch_size` or on how samples are
     shared among processes. `labels` (N,) holds a label for every sample from 0 on, of which `rows` are used. `T_max` is where x starts,
-    as sigma(T_max) times noise, and `T_min` is where it ends. `settings` are arguments of `Field`, as model_type, of the grid and of the
-    sampler; others are passed over. Raises UserError for an unknown sampler or grid.
+    as sigma(T_max) times noise, and `T_min` is where it ends; `denoise` then takes the predicted x0. `settings` are arguments of
+    `Field`, as model_type, of the grid and of the sampler; others are passed over. Raises UserError for an unknown sampler or grid.
     """
     settings = {**settings, "process": process}
     ts = make_grid(sampling_steps, T_min, T_max, **settings)
@@ -355,4 +333,6 @@ def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, 
         label = None if labels is None else labels[batch.start : batch.stop].to(device)
         field = call(Field, **{**settings, "net": net, "label": label})
         x = process.at(T_max).sigma * noise()
-        yield choose(SAMPLERS, sampler, **{**settings, "field": field, "x": x, "ts": ts, "noise": noise})
+        x = choose(SAMPLERS, sampler, **{**settings, "field": field, "x": x, "ts": ts, "noise": noise})
+        with torch.no_grad():
+            yield field(x, T_min, "x0") if denoise else x

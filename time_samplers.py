@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from utils import invert
+from utils import UserError, invert
 
 
 class Uniform:
@@ -124,12 +124,18 @@ class CosMap(Uniform):
 
 
 class EDMLogNormal(Uniform):
-    """log(sigma / alpha) ~ N(P_mean, P_std^2), cut to [T_min, T_max] (Karras et al. 2022, table 1, for any process)."""
+    """log(sigma / alpha) ~ N(P_mean, P_std^2), cut to [T_min, T_max] (Karras et al. 2022, table 1, for any process).
+
+    Raises UserError if nearly all of it lies outside.
+    """
 
     def __init__(self, process, T_min: float = 0.0, T_max: float = 1.0, edm_P_mean: float = -1.2, edm_P_std: float = 1.2):
         super().__init__(T_min, T_max)
         self.process, self.mean, self.std = process, edm_P_mean, edm_P_std
         self.ends = torch.special.ndtr(torch.stack([self.normal(process.at(time)) for time in (T_min, T_max)])).tolist()
+        if not self.ends[1] - self.ends[0] > 1e-3:
+            raise UserError(f"edm_P_mean {edm_P_mean} and edm_P_std {edm_P_std} put fewer than one time in 1,000 between T_min and T_max: "
+                            "use values such as -1.2 and 1.2")
 
     def normal(self, c):
         """What is N(0, 1) before the cut."""

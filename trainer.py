@@ -8,6 +8,7 @@ To add an architecture, write a file such as mlp.py with a class that is called 
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import time
@@ -29,8 +30,8 @@ from mlp import MLP
 from optimizers import clip_gradients, learning_rate, make_optimizer
 from prediction import Preconditioned, convert, loss_weight, target
 from processes import Process, make_process
-from sampling import draw
-from time_samplers import TIME_SAMPLERS
+from sampling import SDE_SAMPLERS, Field, draw, make_grid
+from time_samplers import TIME_SAMPLERS, Uniform
 from unet import UNet
 from utils import (
     Progress,
@@ -70,6 +71,47 @@ class Batch(NamedTuple):
         return [Batch(*part) for part in zip(*chunks)]
 
 
+def check_settings(config: Config) -> None:
+    """Raises UserError if what training or sampling computes from a network's output is not finite at T_min or T_max, or not there.
+
+    Needs neither data nor network.
+    """
+    settings = vars(config)
+    process, time_sampler = parts_of(config)
+    for name, chosen, fix in (("sampler", config.sampler, "heun"), ("sde_sampler", config.sde_sampler, "None")):
+        if COUPLINGS[config.coupling] and chosen in SDE_SAMPLERS:
+            raise UserError(f"{name} {chosen} needs the score, which coupling {config.coupling} does not give, since its noise is not "
+                            f"independent of the data: use --{name} {fix}")
+    one, model_type, target_type = torch.ones(1, 1), config.model_type, config.target_type
+    field = Field(lambda x, t, label: one, process, model_type)
+    for name, end, fix in (("T_min", config.T_min, "--T_min 1e-4"), ("T_max", config.T_max, "--T_max 0.9999")):
+        t = torch.tensor([end])
+        c = process.coefs(t, ndim=2)
+        values = {
+            f"the target {target_type}": target(target_type, c, one, one),
+            f"{target_type} from a network that predicts {model_type}": convert(one, 2 * one, c, model_type, target_type),
+            f"the loss weighting {config.loss_weighting}": loss_weight(c=c, **settings),
+            f"the velocity from a network that predicts {model_type}": field.velocity(2 * one, end),
+        }
+        if config.precondition:
+            values["log(sigma / alpha), which precondition shows the network,"] = c.log_snr
+        if config.importance_weights:  # infinite at an end that is never drawn, as for logit_normal, is right
+            values[f"the importance weight of {config.time_sampler}"] = time_sampler.importance(t).nan_to_num(math.nan, posinf=0.0)
+        if name == "T_max":  # no sampler wants the score at T_min: the last step is the ODE's
+            values[f"the score from a network that predicts {model_type}"] = field(2 * one, end, "score")
+        for what, value in values.items():
+            if not value.isfinite().all():
+                raise UserError(f"{name} {end}: {what} is not finite there; use {fix}")
+    make_grid(**{**settings, "n": config.sampling_steps, "process": process})
+
+
+def parts_of(config: Config) -> tuple[Process, Uniform]:
+    """The process and the time sampler. Raises UserError if their settings make none."""
+    settings = vars(config)
+    process = make_process(**settings)
+    return process, choose(TIME_SAMPLERS, config.time_sampler, **{**settings, "process": process})
+
+
 def build(config: Config, spec: DataSpec, device: torch.device) -> tuple[Process, nn.Module]:
     """The process and the network, with weights from the seed, on `device`. Raises UserError if the settings do not fit the data."""
     settings = dataclasses.asdict(config)
@@ -103,7 +145,7 @@ class DiffusionTrainer:
         self.config, self.dataset, self.spec, self.device = config, dataset, dataset.spec, device
         settings = dataclasses.asdict(config)
         self.process, self.net = build(config, self.spec, device)
-        self.time_sampler = choose(TIME_SAMPLERS, config.time_sampler, **{**settings, "process": self.process})
+        self.time_sampler = parts_of(config)[1]
         self.batches = Batches(dataset, config.batch_size, config.seed)
         self.rows = share(config.batch_size)  # of the global batch
         self.optimizer = make_optimizer(self.net, config.weight_decay)
@@ -137,8 +179,8 @@ class DiffusionTrainer:
     def prepare_batch(self, step: int) -> Batch:
         """This process's rows of the global batch of `step`, everything random in them a function of (seed, step)."""
         config = self.config
-        whole = config.coupling != "independent"  # such a coupling looks at all rows
-        rows = range(config.batch_size) if whole else self.rows
+        coupling = COUPLINGS[config.coupling]  # if there is one, it looks at all rows
+        rows = range(config.batch_size) if coupling else self.rows
         mine = slice(rows.start, rows.stop)
         data, label = self.batches(0 if config.overfit_one_batch else step, mine)
         x0, label = self.spec.encode(self.to_device(data)), self.to_device(label) if config.class_conditional else None
@@ -151,13 +193,13 @@ class DiffusionTrainer:
         if self.spec.is_image and config.random_flip:
             x0 = torch.where(append_dims(uniform() < 0.5, x0.ndim), x0.flip(-1), x0)
         x1 = RowNoise(rows, self.spec.shape, self.device, config.seed, "noise", step)()
-        if whole:
-            x1 = x1[COUPLINGS[config.coupling](x0, x1, label)]
+        if coupling:
+            x1 = x1[coupling(x0, x1, label)]
         if config.class_conditional:
             label = label.masked_fill(uniform() < config.label_dropout, self.spec.num_classes)
         weight = self.time_sampler.importance(t) if config.importance_weights else torch.ones_like(t)
         batch = Batch(x0, x1, t, weight, label)
-        return batch.rows(slice(self.rows.start, self.rows.stop)) if whole else batch
+        return batch.rows(slice(self.rows.start, self.rows.stop)) if coupling else batch
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of each sample, (B,), float32: the squared error of the prediction, read as target_type, mean over pixels, weighted."""
@@ -305,7 +347,7 @@ class DiffusionTrainer:
         labels = torch.arange(c.num_samples) % self.spec.num_classes if c.class_conditional else None
         self.net.eval()
         for weights, net in (("raw", self.net), ("ema", self.ema.net)):
-            for sampler in filter(None, (c.sampler, c.sde_sampler)):
+            for sampler in dict.fromkeys(filter(None, (c.sampler, c.sde_sampler))):
                 samples = draw_all(c, self.spec, self.process, net, self.device, rows=range(c.num_samples), labels=labels, sampler=sampler)
                 name = f"{weights}_{sampler}"
                 on_rank0(lambda name=name, samples=samples: self.logger.picture(self.step, name, self.picture(samples)))

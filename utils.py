@@ -154,9 +154,9 @@ def append_dims(v: torch.Tensor, ndim: int) -> torch.Tensor:
 
 
 def invert(function, y: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """The x in [low, high] with function(x) = y, of y's shape and type, for a falling function, by bisection: 60 halvings, no waiting."""
+    """The x in [low, high] with function(x) = y, of y's shape and type, for a falling function, by bisection: 50 halvings, no waiting."""
     low, high = torch.full_like(y, low), torch.full_like(y, high)
-    for _ in range(60):
+    for _ in range(50):
         middle = (low + high) / 2
         above = function(middle) > y
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)

@@ -72,7 +72,7 @@ def test_sample_offers_every_setting_of_sampling_and_all_may_change():
     (dict(guidance_t_min=0.6, guidance_t_max=0.3), "lower --guidance_t_min"),
     (dict(churn_min=2.0), "above churn_max 1.0"),
     (dict(mode_scale=2.0), "from -1 to 1.75"),
-    (dict(rho=0.0), "more than 0"),
+    (dict(rho=0.01), "0.1 or more"),
     (dict(sde_scale=-1.0), "0 or more"),
     (dict(guidance_scale=2.0), "--class_conditional True"),
     (dict(guidance_scale=2.0, class_conditional=True, label_dropout=0.0), "--label_dropout 0.1"),

@@ -67,6 +67,13 @@ def test_images_and_float32():
     torch.testing.assert_close(images(x, t).flatten(1), flat(x.flatten(1), t))
 
 
+def test_a_flat_component():
+    """A covariance of rank 1, whose smallest eigenvalue may come out below 0: its samples lie on a line."""
+    data = GaussianMixture(PROCESSES["rf"](), "x0", torch.zeros(1, 3), torch.ones(1, 3, 3))
+    x, _ = data.sample(100, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x, x[:, :1].expand(100, 3), rtol=1e-6, atol=1e-6)
+
+
 def test_flow_solves_the_ode(process):
     """Its derivative in t is the velocity."""
     data = gaussian(process, dims=3)

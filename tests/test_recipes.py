@@ -50,6 +50,14 @@ def test_a_new_entry_of_a_dictionary(tmp_path, title, table, arguments):
     assert arguments[1] in run("python", "main.py", "--help", cwd=copy, COLUMNS="300").stdout
 
 
+def test_the_oracle_in_a_script(tmp_path):
+    (code,) = re.findall(r"`oracle.py` is.*?```python\n(.*?)```", README, re.S)
+    (tmp_path / "script.py").write_text(code)
+    result = run("python", tmp_path / "script.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr
+    assert float(re.search(r"tensor\((.*?)[,)]", result.stdout).group(1)) < 1e-3
+
+
 def test_your_own_loss(tmp_path):
     ((file, code),) = recipe("Your own loss")
     old = "        return weight * mean_flat((prediction - target(config.target_type, c, batch.x0, batch.x1)) ** 2)\n"

@@ -92,6 +92,7 @@ def test_one_line_errors(checkpoints, tmp_path):
         (["--ckpt", points, "--guidance_scale", "2"], ["--guidance_scale 1"]),
         (["--ckpt", digits, "--sampler", "dopri"], ["euler_maruyama"]),
         (["--ckpt", digits, "--num", "0"], ["num is 0"]),
+        (["--ckpt", digits, "--guidance_t_min", "1.5"], ["guidance_t_min 1.5 is above guidance_t_max 1.0"]),
         (["--ckpt", digits, "--num", "2", "--out", tmp_path / "no" / "x.npz"], ["a folder that is there"]),
         (["--ckpt", digits, "--num", "2", "--out", tmp_path / "x.png"], ["expected a FILE.npz"]),
         (["--ckpt", digits, "--seed", "-1"], ["seed is -1"]),

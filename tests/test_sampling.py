@@ -10,10 +10,10 @@ import torch
 from conftest import gaussian
 
 from check import mixture
-from prediction import LOSS_WEIGHTINGS, PREDICTIONS
+from prediction import PREDICTIONS
 from processes import PROCESSES
-from sampling import DIFFUSIONS, GRIDS, ODE_SAMPLERS, SAMPLERS, SDE_SAMPLERS, Field, check_times, draw, euler, make_grid
-from utils import UserError
+from sampling import DIFFUSIONS, GRIDS, ODE_SAMPLERS, SAMPLERS, SDE_SAMPLERS, Field, draw, euler, make_grid
+from utils import UserError, call
 
 SETTINGS = dict(model_type="velocity", sampling_steps=4, T_min=1e-3, T_max=0.999)
 GRID_SETTINGS = dict(grid_shift=3.0, rho=7.0)
@@ -57,7 +57,7 @@ def test_grids_are_those_of_the_papers(process):
 
 def test_grid_errors():
     rf = PROCESSES["rf"]()
-    with pytest.raises(UserError, match="grid log_snr of 5 steps from 0.9 to 0.0 does not fall.*--T_min 1e-4"):
+    with pytest.raises(UserError, match="grid log_snr of 5 steps from 0.9 to 0.0 does not fall.*--grid uniform"):
         make_grid(5, 0.0, 0.9, "log_snr", process=rf)
     with pytest.raises(UserError, match="uniform, quadratic, shifted, log_snr, edm"):
         make_grid(5, 0.0, 0.9, "karras", process=rf)
@@ -71,7 +71,8 @@ def test_every_kind_of_prediction_gives_the_same_samples(process, kind):
     """The samplers see the network through conversions only; between t = 0.9 and 0.2, where all kinds are well conditioned."""
     ts, x = make_grid(10, 0.2, 0.9), mixture(process).sample(6, torch.Generator().manual_seed(0), 0.9)[0]
     for sampler in ("heun", "dpmpp_2m", "ancestral"):
-        outs = [SAMPLERS[sampler](Field(mixture(process, k), process, k), x, ts, lambda: torch.ones_like(x)) for k in ("velocity", kind)]
+        fields = [Field(mixture(process, k), process, k) for k in ("velocity", kind)]
+        outs = [call(SAMPLERS[sampler], field=f, x=x, ts=ts, noise=lambda: torch.ones_like(x)) for f in fields]
         torch.testing.assert_close(*outs, rtol=1e-8, atol=1e-8)
 
 
@@ -174,14 +175,14 @@ def test_diffusion_coefficients(process, diffusion):
 @pytest.mark.parametrize("diffusion", list(DIFFUSIONS))
 @pytest.mark.parametrize("sampler", ["euler_maruyama", "stochastic_heun", "predictor_corrector"])
 def test_few_steps_from_end_to_end_do_not_overshoot(process, sampler, diffusion):
-    """On the usual range and grid, where `constant` is stiff near the data, and `delta` near the noise: the samples' scale is right to 25%.
-    EDM's grid, but for processes that reach the data at t = 0."""
-    data, generator = mixture(process), torch.Generator().manual_seed(0)
-    x = data.sample(2000, generator, 0.9999)[0]
+    """On the usual range and grid, where `constant` is stiff near the data, and `delta` near the noise: samples of data of standard
+    deviation 0.02 lie within 0.2 of their mean, and spread. EDM's grid for processes that do not reach the data."""
+    data, generator = gaussian(process, dims=2, std=0.02), torch.Generator().manual_seed(0)
+    x = data.sample(1000, generator, 0.9999)[0]
     grid = make_grid(50, 1e-4, 0.9999, "edm" if process.at(0.0).sigma > 0 else "uniform", process=process, rho=7.0)
-    out = SDE_SAMPLERS[sampler](field(process, sde_diffusion=diffusion), x, grid, lambda: torch.randn(2000, 2, generator=generator))
-    std = data.moments(1e-4)[1].diag().sqrt()
-    assert ((out.std(0) / std - 1).abs() < 0.25).all(), out.std(0) / std
+    narrow = Field(data, process, "velocity", sde_diffusion=diffusion)
+    out = SDE_SAMPLERS[sampler](narrow, x, grid, lambda: torch.randn(1000, 2, generator=generator))
+    assert (out - 0.7).abs().max() < 0.2 and (out.std(0) > 0.005).all()
 
 
 # ---- Guidance
@@ -283,7 +284,8 @@ def test_draw_passes_its_settings_on():
     usual = samples()
     for changes in (dict(grid="uniform"), dict(grid_shift=2.0), dict(churn=1.0), dict(churn_max=0.1), dict(churn_min=4.0),
                     dict(churn_noise=1.1), dict(guidance_scale=2.0), dict(sampler="predictor_corrector"), dict(labels=None),
-                    dict(guidance_scale=2.0, guide=gaussian(process, dims=2)), dict(T_max=0.9), dict(T_min=0.1), dict(sampling_steps=5)):
+                    dict(denoise=True), dict(guidance_scale=2.0, guide=gaussian(process, dims=2)), dict(T_max=0.9), dict(T_min=0.1),
+                    dict(sampling_steps=5)):
         assert not torch.equal(samples(**changes), usual), changes
     guided = dict(guidance_scale=2.0)
     for sampler, changes in (("predictor_corrector", dict(corrector_snr=0.3)), ("stochastic_heun", dict(sde_diffusion="sin2")),
@@ -291,6 +293,18 @@ def test_draw_passes_its_settings_on():
                              ("heun", dict(**guided, guidance_t_min=0.6)), ("heun", dict(**guided, guidance_t_max=0.6))):
         without = {k: v for k, v in changes.items() if k == "guidance_scale"}
         assert not torch.equal(samples(sampler=sampler, **changes), samples(sampler=sampler, **without)), changes
+
+
+def test_denoise_takes_the_predicted_x0():
+    process = PROCESSES["edm"]()
+    settings = dict(rows=range(8), shape=(2,), device="cpu", seed=0, sampler="heun", **{**SETTINGS, "T_min": 0.3})
+    (noisy,), (clean,) = (list(draw(mixture(process), process, denoise=denoise, **settings)) for denoise in (False, True))
+    torch.testing.assert_close(clean, mixture(process, "x0")(noisy, torch.full((8,), 0.3)), rtol=1e-4, atol=1e-4)
+
+
+def test_dopri5_that_finds_no_step_says_so():
+    with pytest.raises(UserError, match="dopri5 found no step from t = 0.9 to 0.1.*--rtol 1e-4"):
+        SAMPLERS["dopri5"](Field(lambda x, t, label: x / 0, PROCESSES["rf"](), "velocity"), start(), [0.9, 0.1])
 
 
 def test_labels_go_with_their_rows():
@@ -308,39 +322,6 @@ def test_labels_go_with_their_rows():
 def test_unknown_sampler():
     with pytest.raises(UserError, match="euler, heun, .*euler_maruyama"):
         list(draw(None, PROCESSES["rf"](), rows=range(2), shape=(1,), device="cpu", seed=0, sampler="dopri", **SETTINGS))
-
-
-# ---- Settings that do not go together
-
-
-def test_check_times(process):
-    for kind in PREDICTIONS:
-        for to in PREDICTIONS:
-            for weighting in LOSS_WEIGHTINGS:
-                check_times(process, kind, to, 1e-4, 0.9999, loss_weighting=weighting, min_snr_gamma=5.0, sigmoid_bias=2.0)
-    if process.at(0.0).sigma > 0:
-        check_times(process, "x0", "score", 0.0, 1.0, "edm", 18, grid="log_snr")
-
-
-def test_check_times_finds_what_is_not_finite():
-    rf, cosine = PROCESSES["rf"](), PROCESSES["cosine"]()
-    for process in (rf, cosine):
-        with pytest.raises(UserError, match="T_min 0.*--T_min 1e-4"):
-            check_times(process, "velocity", "score", 0.0, 0.9999)
-    with pytest.raises(UserError, match="T_max 1.*velocity.*predicts x1.*--T_max 0.9999"):
-        check_times(rf, "x1", "x1", 1e-4, 1.0)
-    with pytest.raises(UserError, match="T_min 0.*the loss weighting edm.*--T_min 1e-4"):
-        check_times(rf, "velocity", "velocity", 0.0, 1.0, loss_weighting="edm")
-    with pytest.raises(UserError, match="grid log_snr.*--T_min 1e-4"):
-        check_times(rf, "velocity", "velocity", 0.0, 1.0, sampling_steps=9, grid="log_snr")
-    check_times(rf, "velocity", "velocity", 0.0, 1.0)
-
-
-def test_optimal_transport_has_no_score():
-    for settings, word in ((dict(sampler="ancestral"), "--sampler heun"), (dict(sde_sampler="ancestral"), "--sde_sampler None")):
-        with pytest.raises(UserError, match=f"ancestral needs the score.*coupling ot.*{word}"):
-            check_times(PROCESSES["rf"](), "velocity", "velocity", 1e-4, 0.9999, coupling="ot", **settings)
-    check_times(PROCESSES["rf"](), "velocity", "velocity", 1e-4, 0.9999, coupling="ot", sampler="dpmpp_2m")
 
 
 def test_euler_follows_the_exact_flow(process):

@@ -10,11 +10,12 @@ import torch
 from conftest import tiny
 
 import saving
-from config import PRESETS
+from config import PRESETS, Config
 from data_utils import load_dataset, make_dataset
 from prediction import LOSS_WEIGHTINGS, PREDICTIONS, convert, loss_weight, target
 from processes import PROCESSES
-from trainer import DiffusionTrainer
+from time_samplers import TIME_SAMPLERS
+from trainer import DiffusionTrainer, check_settings
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -273,6 +274,14 @@ def test_the_end_names_the_picture_of_the_sampler(tmp_path, digits, capsys):
     assert os.path.join("samples", "ema_euler_0000004.png") in capsys.readouterr().out
 
 
+def test_one_sampler_in_both_places_is_drawn_once(tmp_path, digits):
+    trainer = make(tmp_path, digits, sampler="ancestral", sde_sampler="ancestral")
+    drawn = []
+    trainer.picture = lambda points: drawn.append(points) or __import__("PIL.Image").Image.new("RGB", (8, 8))
+    trainer.train()
+    assert len(drawn) == 3  # real, raw and EMA
+
+
 def trainer_picture(trainer, n):
     return DiffusionTrainer.picture(trainer, torch.zeros(n, 1, 8, 8, dtype=torch.uint8))
 
@@ -320,6 +329,45 @@ def test_overfit_one_batch_learns_it(tmp_path, digits):
     last = np.mean([trainer.loss(trainer.prepare_batch(s)).mean().item() for s in range(150, 155)])
     assert torch.equal(trainer.prepare_batch(0).x0, trainer.prepare_batch(9).x0)
     assert last < 0.5 * first, (first, last)
+
+
+# ---- Settings that do not go together
+
+
+@pytest.mark.parametrize("process", list(PROCESSES))
+def test_check_settings_lets_everything_pass_on_the_usual_times(process):
+    for kind in PREDICTIONS:
+        for to in PREDICTIONS:
+            for weighting in LOSS_WEIGHTINGS:
+                check_settings(Config(process=process, model_type=kind, target_type=to, loss_weighting=weighting, precondition=True))
+    for time_sampler in TIME_SAMPLERS:
+        check_settings(Config(process=process, time_sampler=time_sampler, importance_weights=True))
+    if process in ("ve", "ve_linear", "edm"):
+        check_settings(Config(process=process, T_min=0.0, T_max=1.0, target_type="score", loss_weighting="edm", grid="log_snr"))
+
+
+ENDS = dict(T_min=0.0, T_max=1.0)
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(T_min=0.0, target_type="score"), "T_min 0.*--T_min 1e-4"),
+    (dict(T_max=1.0, model_type="x1", target_type="x1"), "T_max 1.*velocity.*predicts x1.*--T_max 0.9999"),
+    (dict(**ENDS, loss_weighting="edm"), "T_min 0.*the loss weighting edm.*--T_min 1e-4"),
+    (dict(**ENDS, precondition=True), "T_min 0.*which precondition shows the network, is not finite there; use --T_min 1e-4"),
+    (dict(**ENDS, time_sampler="edm_log_normal", importance_weights=True), "T_min 0.*importance weight of edm_log_normal"),
+    (dict(**ENDS, grid="log_snr"), "grid log_snr.*--grid uniform"),
+    (dict(time_sampler="edm_log_normal", edm_P_mean=50.0), "edm_P_mean 50.0 .*fewer than one time in 1,000"),
+    (dict(coupling="ot", sde_sampler="ancestral"), "ancestral needs the score.*coupling ot.*--sde_sampler None"),
+    (dict(coupling="ot", sde_sampler=None, sampler="ancestral"), "ancestral needs the score.*--sampler heun"),
+])
+def test_check_settings_finds_what_is_not_finite_or_not_there(changes, words):
+    with pytest.raises(UserError, match=words):
+        check_settings(Config(**changes))
+
+
+def test_check_settings_lets_the_ends_pass_where_they_are_finite():
+    check_settings(Config(**ENDS))
+    check_settings(Config(coupling="ot", sde_sampler=None, sampler="dpmpp_2m"))
 
 
 def test_points_and_settings_that_do_not_fit(tmp_path, digits):
