@@ -38,7 +38,10 @@ class Uniform:
         return self.unit_density(((t - self.T_min) / length).clamp(0, 1)) / length
 
     def importance(self, t: Tensor) -> Tensor:
-        """Density of uniform times over this one's: with these weights the mean loss is that of uniform times."""
+        """Density of uniform times over this one's: with these weights the mean loss is that of uniform times.
+
+        Those of logit_normal, and of beta with a or b above 2, have no finite variance: a rare time near an end weighs much.
+        """
         return 1 / ((self.T_max - self.T_min) * self.density(t))
 
 
