@@ -40,7 +40,7 @@ class Uniform:
     def importance(self, t: Tensor) -> Tensor:
         """Density of uniform times over this one's: with these weights the mean loss is that of uniform times.
 
-        Those of logit_normal, and of beta with a or b above 2, have no finite variance: a rare time near an end weighs much.
+        Those of logit_normal, and of beta with a or b of 2 or more, have no finite variance: a rare time near an end weighs much.
         """
         return 1 / ((self.T_max - self.T_min) * self.density(t))
 
