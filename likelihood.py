@@ -92,8 +92,8 @@ def log_likelihoods(net, process: Process, data: Tensor, *, rows: range, device,
     of processes, each with its own rows, changes the result, to within the tolerances. `labels` (N,) go with `data`.
     `settings` are arguments of `Field`, as model_type, and of `flow`; others are passed over. Raises UserError for an unknown probe.
     """
-    for start in range(rows.start, rows.stop, batch_size):
-        batch = range(start, min(start + batch_size, rows.stop))
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first : first + batch_size]
         noise = RowNoise(batch, data.shape[1:], device, seed, "likelihood")
         x0 = data[batch.start : batch.stop].to(device)
         if bin_width:

@@ -60,9 +60,14 @@ class Preconditioned(nn.Module):
         self.net, self.process = net, process
 
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        alpha, sigma = self.process.alpha(t), self.process.sigma(t)  # not coefs: derivatives would only burden torch.compile
-        c_in = (alpha**2 * self.process.sigma_data**2 + sigma**2).rsqrt()
-        return self.net(append_dims(c_in, xt.ndim) * xt, -self.process.log_snr(t) / 8, label)
+        c = self.process.coefs(t)
+        return self.net(append_dims(c.variance.rsqrt(), xt.ndim) * xt, -c.log_snr / 8, label)
+
+
+def likelihood_weight(c: Coefs, x0_error: Tensor) -> Tensor:
+    """g^2 / 2 for the error of the score: the integrand of the bound on the likelihood (Song et al. 2021, "Maximum Likelihood Training",
+    theorem 1)."""
+    return x0_error * c.delta * (c.alpha / c.sigma**2) ** 2
 
 
 # The weight of a time in the loss, for the squared error of x0, which is `x0_error` times that of the target.
@@ -73,11 +78,9 @@ LOSS_WEIGHTINGS = {
     "min_snr": lambda c, x0_error, min_snr_gamma: x0_error * c.log_snr.exp().clamp(max=min_snr_gamma),
     # lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, with sigma / alpha for sigma (Karras et al. 2022, table 1)
     "edm": lambda c, x0_error: x0_error * c.variance / (c.sigma * c.sigma_data) ** 2,
-    # g^2 / 2 for the error of the score: the integrand of the bound on the likelihood (Song et al. 2021, "Maximum Likelihood Training",
-    # theorem 1)
-    "likelihood": lambda c, x0_error: x0_error * c.delta * (c.alpha / c.sigma**2) ** 2,
+    "likelihood": likelihood_weight,
     # the same with a factor sigmoid(bias - log SNR) (Kingma & Gao 2023, "Understanding Diffusion Objectives", section 4)
-    "sigmoid": lambda c, x0_error, sigmoid_bias: x0_error * c.delta * (c.alpha / c.sigma**2) ** 2 * torch.sigmoid(sigmoid_bias - c.log_snr),
+    "sigmoid": lambda c, x0_error, sigmoid_bias: likelihood_weight(c, x0_error) * torch.sigmoid(sigmoid_bias - c.log_snr),
 }
 
 

@@ -76,10 +76,23 @@ def load_run(path: str):
         raise UserError(f"{path} was made with other settings than this code has ({error}): use that code") from error
 
 
+def load_net(path: str, state: dict, config: Config, spec, device, weights: str = "ema"):
+    """The process and the network of the checkpoint `state`, read from `path`. Raises UserError if the settings do not fit."""
+    import saving
+    from trainer import build, check_settings
+    from utils import UserError
+
+    try:
+        process, net = build(config, spec, device)
+        check_settings(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    saving.restore(net, state["ema"]["net"] if weights == "ema" else state["net"], path)
+    return process, net.eval()
+
+
 def load_guide(path: str, config: Config, spec, device):
     """The averaged network at `path`, for autoguidance. Raises UserError if it is of other data, process or prediction."""
-    import saving
-    from trainer import build
     from utils import UserError
 
     state, theirs, data = load_run(path)
@@ -89,9 +102,7 @@ def load_guide(path: str, config: Config, spec, device):
     if data != spec or different:
         raise UserError(f"guide {path} differs in {', '.join(different) or 'its data'}: expected a run with the same data and the same "
                         f"{', '.join(SAME_IN_GUIDE)}")
-    net = build(theirs, spec, device)[1]
-    saving.restore(net, state["ema"]["net"], path)
-    return net.eval()
+    return load_net(path, state, theirs, data, device)[1]
 
 
 def main(arguments: list[str]) -> None:
@@ -105,9 +116,8 @@ def main(arguments: list[str]) -> None:
     with set_up(options.device) as device:
         import numpy as np
 
-        import saving
         from logging_utils import image_grid, scatter_plot
-        from trainer import build, check_settings, draw_all
+        from trainer import draw_all
         from utils import UserError, on_rank0, print0, write_atomically
 
         state, config, spec = load_run(options.ckpt)
@@ -126,14 +136,8 @@ def main(arguments: list[str]) -> None:
             raise UserError("guide does nothing at guidance_scale 1: use --guidance_scale 2, or leave --guide out")
         labels = read_labels(options.labels, options.num, spec.num_classes) if config.class_conditional else None
 
-        try:
-            process, net = build(config, spec, device)
-            check_settings(config)
-        except UserError as error:
-            raise UserError(f"{options.ckpt}: {error}") from error
-        saving.restore(net, state["ema"]["net"] if options.weights == "ema" else state["net"], options.ckpt)
-        samples = draw_all(config, spec, process, net.eval(), device, rows=range(options.num), labels=labels, sampler=config.sampler,
-                           guide=guide)
+        process, net = load_net(options.ckpt, state, config, spec, device, options.weights)
+        samples = draw_all(config, spec, process, net, device, rows=range(options.num), labels=labels, sampler=config.sampler, guide=guide)
 
         def write():
             arrays = {"arr_0": (samples.permute(0, 2, 3, 1) if spec.is_image else samples).numpy()}

@@ -327,8 +327,8 @@ def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, 
     settings = {**settings, "process": process}
     ts = make_grid(sampling_steps, T_min, T_max, **settings)
     batch_size = batch_size or max(len(rows), 1)
-    for start in range(rows.start, rows.stop, batch_size):
-        batch = range(start, min(start + batch_size, rows.stop))
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first : first + batch_size]
         noise = RowNoise(batch, shape, device, seed, "sample")
         label = None if labels is None else labels[batch.start : batch.stop].to(device)
         field = call(Field, **{**settings, "net": net, "label": label})

@@ -77,7 +77,8 @@ def check_settings(config: Config) -> None:
     Needs neither data nor network.
     """
     settings = vars(config)
-    process, time_sampler = parts_of(config)
+    process = make_process(**settings)
+    time_sampler = make_time_sampler(config, process)
     for name, chosen, fix in (("sampler", config.sampler, "heun"), ("sde_sampler", config.sde_sampler, "None")):
         if COUPLINGS[config.coupling] and chosen in SDE_SAMPLERS:
             raise UserError(f"{name} {chosen} needs the score, which coupling {config.coupling} does not give, since its noise is not "
@@ -105,11 +106,9 @@ def check_settings(config: Config) -> None:
     make_grid(**{**settings, "n": config.sampling_steps, "process": process})
 
 
-def parts_of(config: Config) -> tuple[Process, Uniform]:
-    """The process and the time sampler. Raises UserError if their settings make none."""
-    settings = vars(config)
-    process = make_process(**settings)
-    return process, choose(TIME_SAMPLERS, config.time_sampler, **{**settings, "process": process})
+def make_time_sampler(config: Config, process: Process) -> Uniform:
+    """The time sampler of the settings. Raises UserError if they make none."""
+    return choose(TIME_SAMPLERS, config.time_sampler, **{**vars(config), "process": process})
 
 
 def build(config: Config, spec: DataSpec, device: torch.device) -> tuple[Process, nn.Module]:
@@ -145,7 +144,7 @@ class DiffusionTrainer:
         self.config, self.dataset, self.spec, self.device = config, dataset, dataset.spec, device
         settings = dataclasses.asdict(config)
         self.process, self.net = build(config, self.spec, device)
-        self.time_sampler = parts_of(config)[1]
+        self.time_sampler = make_time_sampler(config, self.process)
         self.batches = Batches(dataset, config.batch_size, config.seed)
         self.rows = share(config.batch_size)  # of the global batch
         self.optimizer = make_optimizer(self.net, config.weight_decay)

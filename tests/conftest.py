@@ -17,8 +17,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from config import PRESETS, Config  # noqa: E402
+from data_utils import load_dataset  # noqa: E402
 from oracle import GaussianMixture  # noqa: E402
 from processes import PROCESSES  # noqa: E402
+from trainer import DiffusionTrainer  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -40,6 +42,16 @@ def tiny(tmp_path, **changes) -> Config:
     settings = dict(model_channels=8, batch_size=16, num_training_steps=4, warmup_steps=2, sampling_steps=2, num_samples=10, log_every=1,
                     sample_every=0, save_every=0, wandb="disabled", ckpt_dir=str(tmp_path))
     return Config(**{**PRESETS["digits"], **settings, **changes})
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_dataset("digits")
+
+
+def make(tmp_path, digits, **changes) -> DiffusionTrainer:
+    """A trainer of tiny settings, with these changes, on the CPU."""
+    return DiffusionTrainer(tiny(tmp_path, **changes), digits, torch.device("cpu"))
 
 
 def flags(config: Config) -> list[str]:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_trainer import digits, make  # noqa: F401
+from conftest import make
 
 from couplings import COUPLINGS
 
@@ -46,7 +46,7 @@ def test_naive_ot_ties_noise_to_labels_and_within_class_does_not():
 
 
 @pytest.mark.parametrize("coupling", ["ot", "ot_within_class"])
-def test_a_batch_is_coupled_as_a_whole(tmp_path, digits, coupling):  # noqa: F811
+def test_a_batch_is_coupled_as_a_whole(tmp_path, digits, coupling):
     """The same data and noise, in a better order; and each of several processes has its rows of it."""
     usual = make(tmp_path, digits).prepare_batch(3)
     trainer = make(tmp_path, digits, run_name="ot", coupling=coupling, sde_sampler=None, label_dropout=0.5)

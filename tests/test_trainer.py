@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import make, tiny
 
 import saving
 from config import PRESETS, Config
@@ -19,15 +19,6 @@ from trainer import DiffusionTrainer, check_settings
 from utils import UserError
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_dataset("digits")
-
-
-def make(tmp_path, digits, **changes):
-    return DiffusionTrainer(tiny(tmp_path, **changes), digits, CPU)
 
 
 def weights(trainer):
