@@ -13,6 +13,8 @@ import functools
 import glob
 import hashlib
 import os
+import tarfile
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -79,28 +81,44 @@ def make_dataset(data: np.ndarray, labels: np.ndarray | None) -> Dataset:
 # ---- Data sets that are downloaded
 
 
-def from_torchvision(name: str, folder: str, data_dir: str, download: bool) -> Dataset:
-    """The training split of torchvision's class `name`, whose archives lie in `data_dir`/`folder`. Only rank 0 downloads."""
-    datasets = import_torchvision().datasets
-    cls = getattr(datasets, name)
+CIFAR10 = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530")  # and its MD5
+
+
+def fetch(name: str, data_dir: str, files: list[tuple[str, str]], source: str, get):
+    """`get()`, which fetches or reads `files`, of (path in `data_dir`, MD5); a failure is told as what to put where, from `source`."""
     try:
-        data = cls(data_dir, train=True, download=download)
-    except (OSError, RuntimeError, EOFError) as error:  # no network, no room, a bad archive
-        files = [(cls.filename, cls.tgz_md5)] if hasattr(cls, "tgz_md5") else cls.resources
-        source = cls.url if hasattr(cls, "url") else cls.mirrors[-1]
-        files = [(os.path.join(data_dir, folder, file), md5) for file, md5 in files]
-        corrupt = [path for path, md5 in files if os.path.exists(path) and not datasets.utils.check_integrity(path, md5)]
+        return get()
+    except (OSError, RuntimeError, EOFError, KeyError, tarfile.TarError) as error:  # no network, no room, a bad archive
+        check = import_torchvision().datasets.utils.check_integrity
+        files = [(os.path.join(data_dir, file), md5) for file, md5 in files]
+        corrupt = [path for path, md5 in files if os.path.exists(path) and not check(path, md5)]
         wrong = f"{corrupt[0]} is corrupt (its MD5 is not the published one)" if corrupt else f"{name} is not in {data_dir}"
         raise UserError(f"{wrong} and cannot be downloaded ({first_line(error)}): put {' and '.join(p for p, _ in files)} there, "
                         f"from {source}, or run the preset 'digits', which needs no download") from error
-    images = np.asarray(data.data)
-    images = images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # (N, C, H, W)
-    return make_dataset(images, np.asarray(data.targets))
 
 
 def cifar10(data_dir: str, download: bool) -> Dataset:
-    """50,000 photographs of 10 classes, 32 x 32."""
-    return from_torchvision("CIFAR10", "", data_dir, download)
+    """50,000 photographs of 10 classes, 32 x 32. From the archive of plain bytes: that for Python is a pickle, which could run code."""
+    url, md5 = CIFAR10
+    file = os.path.basename(url)
+
+    def get():
+        if download:
+            import_torchvision().datasets.utils.download_url(url, data_dir, md5=md5)  # unless it is there
+        with tarfile.open(os.path.join(data_dir, file)) as archive:
+            parts = [archive.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read() for i in range(1, 6)]
+        return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label and an image a row
+
+    rows = fetch("CIFAR10", data_dir, [(file, md5)], url, get)
+    return make_dataset(rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0])
+
+
+def from_torchvision(name: str, folder: str, data_dir: str, download: bool) -> Dataset:
+    """The training split of torchvision's class `name`, of grey images whose archives lie in `data_dir`/`folder`."""
+    cls = getattr(import_torchvision().datasets, name)
+    files = [(os.path.join(folder, file), md5) for file, md5 in cls.resources]
+    data = fetch(name, data_dir, files, cls.mirrors[-1], lambda: cls(data_dir, train=True, download=download))
+    return make_dataset(np.asarray(data.data)[:, None], np.asarray(data.targets))
 
 
 def mnist(data_dir: str, download: bool) -> Dataset:
@@ -195,8 +213,9 @@ def image_folder(data_dir: str, image_size: int) -> Dataset:
 
     if not os.path.exists(cache):
         os.makedirs(CACHE, exist_ok=True)
-        for old in glob.glob(f"{prefix}*.npy"):
-            os.remove(old)
+        for old in glob.glob(f"{prefix}*"):  # of the folder as it was, or of a decoding that was killed; another may be at work
+            if old.endswith(".npy") or time.time() - os.path.getmtime(old) > 3600:
+                os.remove(old)
         write_atomically(cache, write)
     return make_dataset(np.load(cache, mmap_mode="r"), np.asarray(labels))
 

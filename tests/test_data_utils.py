@@ -5,7 +5,6 @@ import hashlib
 import http.server
 import io
 import os
-import pickle
 import tarfile
 import threading
 
@@ -16,7 +15,7 @@ from PIL import Image
 
 import data_utils
 from data_utils import DATASETS, Batches, DataSpec, check_labels, load_dataset, make_dataset
-from utils import UserError, import_torchvision
+from utils import UserError
 
 # ---- Sets that need no download
 
@@ -58,38 +57,29 @@ def test_encode_and_decode():
 
 
 def cifar_archive(path):
-    """A CIFAR-10 archive of 50 made-up images, as published in its structure; returns its MD5 and those of its files."""
-    rng, sums = np.random.default_rng(0), {}
+    """A CIFAR-10 archive of 50 made-up images, as published in its structure: a label and 3,072 pixels each. Its MD5, and the content."""
+    rows = np.random.default_rng(0).integers(0, 256, (50, 3073), np.uint8)
+    rows[:, 0] = np.arange(50) % 10
     with tarfile.open(path, "w:gz") as tar:
-        for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
-            content = {"label_names": list("abcdefghij")}
-            if name != "batches.meta":
-                content = {"data": rng.integers(0, 256, (10, 3072), np.uint8), "labels": list(range(10))}
-            payload = pickle.dumps(content)
-            sums[name] = hashlib.md5(payload).hexdigest()
-            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            info.size = len(payload)
-            tar.addfile(info, io.BytesIO(payload))
-    return hashlib.md5(open(path, "rb").read()).hexdigest(), sums
+        for name, part in [(f"data_batch_{i + 1}", rows[10 * i : 10 * i + 10]) for i in range(5)] + [("test_batch", rows[:10])]:
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
+            info.size = part.size
+            tar.addfile(info, io.BytesIO(part.tobytes()))
+    return hashlib.md5(open(path, "rb").read()).hexdigest(), rows
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """torchvision's CIFAR10 pointed to a server on this machine; gives the folder that it serves."""
+    """CIFAR-10 comes from a server on this machine; gives the folder that it serves, and the content."""
     folder = tmp_path / "served"
     folder.mkdir()
-    md5, sums = cifar_archive(folder / "cifar-10-python.tar.gz")
+    md5, rows = cifar_archive(folder / "cifar-10-binary.tar.gz")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *args: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        cls = import_torchvision().datasets.CIFAR10
-        monkeypatch.setattr(cls, "url", f"http://127.0.0.1:{httpd.server_port}/cifar-10-python.tar.gz")
-        monkeypatch.setattr(cls, "tgz_md5", md5)
-        monkeypatch.setattr(cls, "train_list", [[name, sums[name]] for name in sums if name.startswith("data")])
-        monkeypatch.setattr(cls, "test_list", [["test_batch", sums["test_batch"]]])
-        monkeypatch.setattr(cls, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
-        yield folder
+        monkeypatch.setattr(data_utils, "CIFAR10", (f"http://127.0.0.1:{httpd.server_port}/cifar-10-binary.tar.gz", md5))
+        yield folder, rows
         httpd.shutdown()
 
 
@@ -97,20 +87,22 @@ def test_cifar10_is_downloaded_only_where_asked(server, tmp_path):
     here = str(tmp_path / "data")
     with pytest.raises(UserError, match="CIFAR10 is not in"):
         load_dataset("cifar10", here, download=False)
+    folder, rows = server
     data = load_dataset("cifar10", here, download=True)
     assert data.data.shape == (50, 3, 32, 32) and data.data.dtype == np.uint8 and data.spec.num_classes == 10
-    os.remove(server / "cifar-10-python.tar.gz")
+    assert np.array_equal(data.labels, rows[:, 0]) and np.array_equal(data.data[7, 2, 5], rows[7, 1 + 2048 + 160 :][:32])  # blue, row 5
+    os.remove(folder / "cifar-10-binary.tar.gz")
     assert np.array_equal(load_dataset("cifar10", here, download=False).data, data.data)
 
 
 def test_no_network_and_a_corrupt_archive(server, tmp_path):
-    os.remove(server / "cifar-10-python.tar.gz")
+    os.remove(server[0] / "cifar-10-binary.tar.gz")
     here = tmp_path / "data"
-    with pytest.raises(UserError, match="cannot be downloaded .*put .*cifar-10-python.tar.gz there, from http.*'digits'"):
+    with pytest.raises(UserError, match="cannot be downloaded .*put .*cifar-10-binary.tar.gz there, from http.*'digits'"):
         load_dataset("cifar10", str(here), download=True)
     here.mkdir(exist_ok=True)
-    (here / "cifar-10-python.tar.gz").write_bytes(b"half of it")
-    with pytest.raises(UserError, match="cifar-10-python.tar.gz is corrupt"):
+    (here / "cifar-10-binary.tar.gz").write_bytes(b"half of it")
+    with pytest.raises(UserError, match="cifar-10-binary.tar.gz is corrupt"):
         load_dataset("cifar10", str(here), download=True)
 
 

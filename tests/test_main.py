@@ -67,7 +67,7 @@ def test_wrong_command_lines_end_in_one_line(arguments, words, capfd):
 @pytest.mark.parametrize("arguments, words", [
     (["digits", "--device", "cuda"], ["--device cpu"]),
     (["digits", "--T_min", "0", "--target_type", "x1", "--model_type", "x0"], ["T_min 0.0", "--T_min 1e-4"]),
-    (["--data_dir", "{tmp}/none"], ["CIFAR10 is not in", "cifar-10-python.tar.gz", "digits"]),
+    (["--data_dir", "{tmp}/none"], ["CIFAR10 is not in", "cifar-10-binary.tar.gz", "digits"]),
     (["image_folder", "--data_dir", "{tmp}/none"], ["{tmp}/none", "class folders"]),
     (["moons", "--class_conditional", "True", "--dataset", "{tmp}/x.npy"], ["no labels", "--class_conditional False"]),
     (["digits", "--dataset", "{tmp}/x.npz"], ["cannot read {tmp}/x.npz"]),
