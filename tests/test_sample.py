@@ -8,6 +8,7 @@ from PIL import Image
 
 import saving
 from data_utils import load_dataset
+from sample import main
 from trainer import DiffusionTrainer
 
 
@@ -26,9 +27,22 @@ def checkpoints(tmp_path_factory):
 
 def sample(tmp_path, ckpt, *arguments, name="x", processes=1):
     out = tmp_path / f"{name}.npz"
-    result = run(*(launch(processes) if processes > 1 else ["python"]), "sample.py", "--ckpt", ckpt, "--out", out, *arguments)
-    assert result.returncode == 0, result.stderr
+    words = ["--ckpt", str(ckpt), "--out", str(out), *map(str, arguments)]
+    if processes == 1:
+        main(words)
+    else:
+        result = run(*launch(processes), "sample.py", *words)
+        assert result.returncode == 0, result.stderr
     return np.load(out)
+
+
+def fails(capfd, *arguments):
+    """The one line with which sample.py ends for these arguments."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in arguments])
+    error = capfd.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
 
 
 def test_images_labels_and_picture(checkpoints, tmp_path):
@@ -59,7 +73,7 @@ def test_every_option_matters(checkpoints, tmp_path):
             assert not np.array_equal(drawn[i], drawn[j]), (options[i], options[j])
 
 
-def test_autoguidance(checkpoints, tmp_path):
+def test_autoguidance(checkpoints, tmp_path, capfd):
     """A run of fewer steps guides: its own network as guide changes nothing, another does; also where there are no labels."""
     ckpt, worse = checkpoints / "digits" / "last.pt", checkpoints / "worse" / "last.pt"
     plain, same, guided = (sample(tmp_path, ckpt, "--num", "10", *words)["arr_0"].astype(int) for words in (
@@ -69,7 +83,7 @@ def test_autoguidance(checkpoints, tmp_path):
     assert np.isfinite(sample(tmp_path, points, "--num", "10", "--guidance_scale", "2", "--guide", points)["arr_0"]).all()
     for words, said in ((["--guide", worse], "does nothing"), (["--guide", points, "--guidance_scale", "2"], "differs in its data"),
                         (["--guide", checkpoints / "other" / "last.pt", "--guidance_scale", "2"], "differs in process, model_type")):
-        assert_one_line_error(run("python", "sample.py", "--ckpt", ckpt, "--num", "2", "--out", tmp_path / "x.npz", *words), said)
+        assert said in fails(capfd, "--ckpt", ckpt, "--num", "2", "--out", tmp_path / "x.npz", *words)
 
 
 def test_points(checkpoints, tmp_path):
@@ -78,15 +92,15 @@ def test_points(checkpoints, tmp_path):
     assert Image.open(tmp_path / "x.png").size == (500, 500)  # the checkpoint holds no data to lay beside
 
 
-def test_one_line_errors(checkpoints, tmp_path):
+def test_one_line_errors(checkpoints, tmp_path, capfd):
     digits, points = checkpoints / "digits" / "last.pt", checkpoints / "points" / "last.pt"
     (tmp_path / "short.pt").write_bytes(digits.read_bytes()[:5000])
     state = saving.load(str(digits))
-    saving.save(str(tmp_path / "wide.pt"), {**state, "config": {**state["config"], "model_channels": 16}})
+    saving.save(str(tmp_path), {**state, "config": {**state["config"], "model_channels": 16}})
     for arguments, words in [
         (["--ckpt", tmp_path / "none.pt"], ["no checkpoint"]),
         (["--ckpt", tmp_path / "short.pt"], ["truncated"]),
-        (["--ckpt", tmp_path / "wide.pt"], ["another architecture"]),
+        (["--ckpt", tmp_path / "last.pt"], ["another architecture"]),
         (["--ckpt", digits, "--labels", "3,11"], ["0 to 9"]),
         (["--ckpt", points, "--labels", "3"], ["takes none"]),
         (["--ckpt", points, "--guidance_scale", "2"], ["--guidance_scale 1"]),
@@ -101,4 +115,13 @@ def test_one_line_errors(checkpoints, tmp_path):
         (["--ckpt", "README.md"], ["README.md cannot be read"]),
         ([], ["error: Missing", "--ckpt"]),
     ]:
-        assert_one_line_error(run("python", "sample.py", *arguments), *words)
+        error = fails(capfd, *arguments)
+        for word in words:
+            assert word in error, error
+
+
+def test_the_script(checkpoints, tmp_path):
+    """As a user calls it."""
+    result = run("python", "sample.py", "--ckpt", checkpoints / "points" / "last.pt", "--num", "3", "--out", tmp_path / "x.npz")
+    assert result.returncode == 0 and "3 samples of ema weights at step" in result.stdout and str(tmp_path / "x.png") in result.stdout
+    assert_one_line_error(run("python", "sample.py", "--ckpt", "README.md"), "README.md cannot be read")
