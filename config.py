@@ -77,6 +77,7 @@ class Config:
     warmup_steps: int = 5000  # Steps in which the learning rate rises linearly to base_lr.
     weight_decay: float = 0.0  # AdamW's decay of the matrices; biases and norms have none.
     grad_clip_norm: float = 1.0  # Gradients of a larger norm are scaled down to this one; 0 turns it off.
+    max_skipped_steps: int = 10  # The run stops after so many steps in a row whose loss or gradient is not finite, and so skipped.
     ema_decay: float = 0.9999  # Decay of the moving average of the weights; shorter at the start, as (1 + n) / (10 + n).
 
     # ---- Sampling: the grids of samples drawn in training, and the defaults of sample.py
@@ -104,7 +105,9 @@ class Config:
     # ---- Watching
     log_every: int = 100  # Steps between lines of metrics.
     sample_every: int = 10_000  # Steps between sample grids; 0: only at the end.
-    save_every: int = 5000  # Steps between checkpoints; 0: only at the end.
+    save_every: int = 5000  # Steps between checkpoints; 0: only at the end, or when the run is stopped.
+    keep_checkpoints: int = 2  # Newest checkpoints that are kept; from the second on they stand in for a damaged one.
+    milestone_every: int = 0  # Steps between checkpoints that are kept for ever; 0: none.
     wandb: Literal["online", "offline", "disabled"] = "online"  # Without a key or a network, online falls back to offline.
     wandb_project: str = "diffusion"  # Project under which wandb files the run.
 
@@ -114,6 +117,7 @@ class Config:
     compile: bool | None = None  # Compile the network with torch.compile. None: on a GPU only.
     channels_last: bool = True  # Keep images as (B, H, W, C) in memory, which convolutions like.
     tf32: bool = True  # Allow TF32 in float32 products on a GPU.
+    timeout: float = 10.0  # Minutes that a process waits in a step for the others, before it takes one of them to hang, and ends.
 
 
 PRESETS = {
@@ -173,10 +177,11 @@ CHOICES = {
 # Settings that may differ when a run goes on: they change how it is run and watched, and what it computes by no more than rounding
 # (device, bf16, ...) or the draws of dropout (accumulation_steps).
 MAY_CHANGE = {
-    "ckpt_dir", "data_dir", "accumulation_steps", "num_training_steps", "sampler", "sde_sampler", "sampling_steps", "grid",
+    "run_name", "ckpt_dir", "data_dir", "accumulation_steps", "num_training_steps", "sampler", "sde_sampler", "sampling_steps", "grid",
     "grid_shift", "sde_diffusion", "sde_scale", "corrector_snr", "churn", "churn_min", "churn_max", "churn_noise", "rtol", "atol",
     "denoise", "guidance_scale", "guidance_t_min", "guidance_t_max", "num_samples", "sampling_batch_size", "log_every", "sample_every",
-    "save_every", "wandb", "wandb_project", "device", "bf16", "compile", "channels_last", "tf32",
+    "save_every", "keep_checkpoints", "milestone_every", "max_skipped_steps", "wandb", "wandb_project", "device", "bf16", "compile",
+    "channels_last", "tf32", "timeout",
 }
 
 
@@ -187,9 +192,10 @@ def out_of_range(settings: dict) -> list[str]:
              if isinstance(value, float) and not math.isfinite(value)]
     positive = ("batch_size", "accumulation_steps", "num_training_steps", "base_lr", "sampling_steps", "num_samples", "log_every",
                 "sampling_batch_size", "image_size", "model_channels", "num_res_blocks", "hidden_dim", "num_layers", "logit_normal_scale",
-                "edm_P_std", "time_beta_a", "time_beta_b", "min_snr_gamma", "sigma_data", "grid_shift", "rtol", "atol", "num")
-    not_negative = ("warmup_steps", "weight_decay", "grad_clip_norm", "sample_every", "save_every", "min_lr", "sde_scale", "corrector_snr",
-                    "churn", "churn_min", "churn_noise")
+                "edm_P_std", "time_beta_a", "time_beta_b", "min_snr_gamma", "sigma_data", "grid_shift", "rtol", "atol", "num",
+                "keep_checkpoints", "max_skipped_steps")
+    not_negative = ("warmup_steps", "weight_decay", "grad_clip_norm", "sample_every", "save_every", "milestone_every", "min_lr",
+                    "sde_scale", "corrector_snr", "churn", "churn_min", "churn_noise")
     shares = ("dropout", "label_dropout", "ema_decay")
     for names, expected, fits in (
         (positive, "more than 0", lambda value: value > 0),
@@ -197,6 +203,7 @@ def out_of_range(settings: dict) -> list[str]:
         (("seed",), "0 or more, and less than 2^32", lambda value: 0 <= value < 2**32),
         (("model_channels",), "2 or more, or the network cannot see the time", lambda value: value != 1),
         (shares, "a number in [0, 1)", lambda value: 0 <= value < 1),
+        (("timeout",), "minutes, from more than 0 to 10,000", lambda value: 0 < value <= 10_000),
         (("rho",), "0.1 or more", lambda value: value >= 0.1),
         (("mode_scale",), "a number from -1 to 1.75, or the times would not be one to one", lambda value: -1 <= value <= 1.75),
     ):

@@ -1,14 +1,24 @@
 """torchrun, without its traceback: `python launch.py [torchrun's options] main.py [arguments]`.
 
 A process that fails has told why itself; torchrun would add some forty lines about it. This adds one, and only where a signal
-ended the process, and exits with the status of the process that failed first.
+ended the process, and exits with the status of the process that failed first, or that of a run which was stopped (75).
 """
 
 import logging
+import os
 import signal
 import sys
+import tempfile
+
+HANDLED = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"]
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+    HANDLED.append("SIGHUP")
+os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(HANDLED))  # SIGUSR1 would kill torchrun and leave its processes alone
+os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # or restarted processes may read addresses of dead ones
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a node that leaves first is told of in 20 lines, and names without DNS in more
 
 try:
+    from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
@@ -16,21 +26,40 @@ except ModuleNotFoundError as error:
     print(f"error: {error}: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
 
-if __name__ == "__main__":
-    script = next((i for i, word in enumerate(sys.argv) if i > 0 and word.endswith(".py")), len(sys.argv))
-    sys.argv.insert(script, "--")  # or torchrun takes the script's --num for the beginning of one of its own options
-    for name, level in (("multiprocessing", logging.CRITICAL), ("agent.server", logging.ERROR)):
-        logging.getLogger(f"torch.distributed.elastic.{name}.api").setLevel(level)
+
+def stop_once(number, frame):
+    """torchrun's handler, for one signal only: a second one would break off its wait for the processes' last checkpoint."""
+    for name in HANDLED:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    raise SignalException(f"signal {number}", sigval=signal.Signals(number))
+
+
+def launch(told) -> int:
+    """Runs torchrun; the exit status. `told` is the file in which a process that was stopped in good order leaves its own."""
+    status = 0
     try:
         main()
     except SignalException as stop:
-        if stop.sigval != signal.SIGINT:  # the processes themselves tell of Ctrl-C
-            print(f"error: stopped by {stop.sigval.name}; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(128 + stop.sigval)
+        status = 128 + stop.sigval
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
-            sys.exit(failure.exitcode)
+            return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
         print(f"error: process {rank} was ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}", file=sys.stderr)
-        sys.exit(128 - failure.exitcode)  # as a shell tells it
+        return 128 - failure.exitcode  # as a shell tells it
+    answer = told.read()
+    if status and not answer:
+        print(f"error: ended by {signal.Signals(status - 128).name}; the same command goes on from the last checkpoint", file=sys.stderr)
+    return int(answer or status)
+
+
+if __name__ == "__main__":
+    script = next((i for i, word in enumerate(sys.argv) if i > 0 and word.endswith(".py")), len(sys.argv))
+    sys.argv.insert(script, "--")  # or torchrun takes the script's --num for the beginning of one of its own options
+    for name, level in (("multiprocessing.api", logging.CRITICAL), ("agent.server.api", logging.ERROR), ("rendezvous", logging.ERROR)):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(level)
+    api._terminate_process_handler = stop_once
+    with tempfile.NamedTemporaryFile("r", prefix="launch_status_") as told:
+        os.environ["LAUNCH_STATUS"] = told.name
+        sys.exit(launch(told))

@@ -5,10 +5,14 @@ same where it can be reached. Whatever happens to wandb, training goes on. To lo
 that the trainer hands to `Logger.log`.
 """
 
+import contextlib
+import errno
 import io
 import json
+import logging
 import os
 import sys
+import threading
 import uuid
 
 import numpy as np
@@ -24,6 +28,7 @@ class Logger:
 
     def __init__(self, folder: str, settings: dict, mode: str, project: str, step: int, total: int):
         self.folder, self.metrics = folder, os.path.join(folder, "metrics.jsonl")
+        self.unwritten = b""  # lines that the disk had no room for
         kept = [line for line in self.history() if line["step"] <= step] if step else []
         write_atomically(self.metrics, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
         self.run = start_wandb(folder, settings, mode, project, new=step == 0)
@@ -43,21 +48,36 @@ class Logger:
         return lines
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Adds a line to metrics.jsonl, to wandb, and to the terminal or the log file."""
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """Adds a line to metrics.jsonl, to wandb, and to the terminal or the log file. Raises OSError if the disk has no room."""
+        self.unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
         self.to_wandb({"step": step, **values})
         shown = {k: f"{values[k]:.4g}" for k in CURVES if k in values}
-        self.bar.set_postfix({"loss": shown["loss"], "images/s": shown["images_per_second"]}, refresh=False)
+        self.bar.set_postfix({"loss": shown.get("loss"), "images/s": shown["images_per_second"]}, refresh=False)
         if self.bar.disable:
             print(f"step {step}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+        self.write_lines()
 
-    def picture(self, step: int, name: str, image, file_name: str | None = None) -> str:
-        """Saves a PIL image as PNG, by default as samples/<name>_<step>.png, logs it to wandb as samples/<name>, returns its path."""
-        path = os.path.join(self.folder, file_name or os.path.join("samples", f"{name}_{step:07d}.png"))
+    def write_lines(self, sync: bool = False) -> None:
+        """Writes what is still to be written to metrics.jsonl, whole lines only, and with `sync` makes sure that it is on the disk.
+
+        Raises OSError, and keeps the lines for the next time, if the disk has no room.
+        """
+        with open(self.metrics, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(self.unwritten) < len(self.unwritten):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.metrics)
+            except OSError:
+                file.truncate(end)
+                raise
+            self.unwritten = b""
+            if sync:
+                os.fsync(file.fileno())
+
+    def picture(self, step: int, name: str, image, path: str) -> None:
+        """Saves a PIL image as PNG at `path`, and logs it to wandb as samples/<name>."""
         write_atomically(path, lambda file: image.save(file, format="PNG"))
         self.to_wandb({"step": step}, {f"samples/{name}": image})
-        return path
 
     def curves(self) -> None:
         """Draws loss, learning rate, gradient norm and speed over the steps into curves.png."""
@@ -81,19 +101,20 @@ class Logger:
         try:
             import wandb
 
-            self.run.log(values | {name: wandb.Image(image) for name, image in (images or {}).items()})
+            values = values | {name: wandb.Image(image) for name, image in (images or {}).items()}
+            self.run.log(values, step=values["step"])  # so that wandb drops steps that it has from before a restart
         except Exception as error:  # whatever happens to wandb, the run goes on
             notice(f"logging to it failed ({first_line(error)}); going on without it, metrics.jsonl has everything")
+            close_wandb(self.run)
             self.run = None
 
     def finish(self) -> None:
         """Closes the bar and the wandb run."""
         self.bar.close()
-        if self.run is not None:
-            try:
-                self.run.finish()
-            except Exception as error:
-                notice(f"closing it failed ({first_line(error)}); metrics.jsonl has everything")
+        failure = close_wandb(self.run) if self.run is not None else None
+        if failure:
+            notice(f"closing it failed ({failure}); metrics.jsonl has everything, and `wandb sync --include-online "
+                   f"{os.path.dirname(self.run.dir)}` uploads what wandb has")
 
 
 # ---- wandb
@@ -104,12 +125,40 @@ def notice(text: str) -> None:
 
 
 def run_id(folder: str, new: bool) -> str:
-    """The wandb id kept in <folder>/wandb_id; a new one if there is none, or if `new`."""
-    path = os.path.join(folder, "wandb_id")
-    if new or not os.path.exists(path):
-        write_atomically(path, lambda file: file.write(uuid.uuid4().hex[:8].encode()))
-    with open(path) as file:
-        return file.read()
+    """The wandb id kept in <folder>/wandb_id; a new one if there is none, if it is of a folder that this is a copy of, or if `new`."""
+    path, name = os.path.join(folder, "wandb_id"), os.path.basename(folder)
+    if not new and os.path.exists(path):
+        with open(path) as file:
+            kept, _, of = file.read().partition(" ")
+        if of == name:
+            return kept
+    new_id = uuid.uuid4().hex[:8]
+    write_atomically(path, lambda file: file.write(f"{new_id} {name}".encode()))
+    return new_id
+
+
+def close_wandb(run, seconds: float = 25) -> str | None:
+    """Closes the run and ends wandb's own process, within `seconds`. What went wrong, or None."""
+    import wandb
+
+    failures, connection = [], wandb.sdk.wandb_setup.singleton()._connection  # private; needed only where that process is stuck
+
+    def close():
+        for work in (lambda: run.finish(), wandb.teardown):
+            try:
+                work()
+            except BaseException as error:  # teardown raises SystemExit
+                failures.append(first_line(error))
+
+    thread = threading.Thread(target=close, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        failures.insert(0, f"no end in {seconds} s")
+        with contextlib.suppress(Exception):
+            connection._proc._process.kill()
+        thread.join(2)
+    return failures[0] if failures else None
 
 
 def wandb_mode(mode: str) -> str:
@@ -143,12 +192,16 @@ def start_wandb(folder: str, settings: dict, mode: str, project: str, new: bool)
     if mode == "disabled":
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or its telemetry waits for a server that is gone, at the end
+    logging.raiseExceptions = False  # or wandb's log files on a full disk fill the terminal with tracebacks
     stdin = sys.stdin
     try:
         import wandb
 
         arguments = dict(project=project, name=os.path.basename(folder), id=run_id(folder, new), resume="allow", dir=folder,
-                         config=settings, settings=wandb.Settings(init_timeout=20))
+                         config=settings, settings=wandb.Settings(
+                             init_timeout=20, finish_timeout=15, finish_timeout_raises=True,
+                             x_transaction_log_flush_interval=1.0))  # seconds of history that a kill may cost, 15 by default
         sys.stdin = open(os.devnull)  # wandb asks for a key only where there is a terminal to ask
         run, failure = None, None
         if mode == "online":
@@ -160,7 +213,8 @@ def start_wandb(folder: str, settings: dict, mode: str, project: str, new: bool)
         if run is None:
             if failure:
                 notice(f"logging offline, since online failed ({failure}); `wandb sync` uploads it later")
-                wandb.teardown()  # wandb's own process may still hold the run's id, and then takes only another
+                with contextlib.suppress(BaseException):
+                    wandb.teardown()  # wandb's own process may still hold the run's id, and then takes only another
             os.environ["WANDB_MODE"] = "offline"  # or its telemetry waits for the server at the end
             try:
                 run = wandb.init(mode="offline", **arguments)

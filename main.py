@@ -11,27 +11,59 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import functools
 import io
 import os
-import signal
+import re
 import sys
 import textwrap
 import time
+import traceback
 from typing import Literal, Union
 
+import stopping
 from config import CHOICES, PRESETS, Config, problems
+from stopping import Stopped
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def fail(message: str, status: int = 2):
     """Ends the program with one line on stderr and this exit status. What all processes meet, rank 0 alone tells."""
+    stopping.ignore_no_more()
     rank = int(os.environ.get("RANK", 0))
     if rank > 0:
         time.sleep(5)  # when one process ends, torchrun ends them all: this one speaks only if rank 0 had nothing to say
         message = f"process {rank}: {message}"
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def lost(why: str, timeout: float):
+    """Ends a process whose communication with the others failed, unless torchrun does so first: it tells which one died."""
+    stopping.ignore_no_more()
+    time.sleep(3)
+    why = why.split("] ", 1)[-1].split(". ")[0]  # gloo's own words, without a line of its source and good advice
+    fail(f"lost touch with the other processes ({why}): one of them ended, or was silent for {timeout:g} minutes (--timeout); the same "
+         "command goes on from the last checkpoint", 1)
+
+
+def stopped(what: Stopped):
+    """Ends the program, which a signal asked to end, with one line on stderr."""
+    resumable = stopping.State.resumable
+    status = stopping.STATUS if resumable else 128 + stopping.State.number
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"stopped by {what}{'; the same command goes on' if resumable else ''}", file=sys.stderr, flush=True)
+    sys.exit(0 if tell_launcher(status) else status)
+
+
+def tell_launcher(status: int | str) -> bool:
+    """Leaves the exit status where launch.py looks for it, since torchrun takes any but 0 for a failure. Whether launch.py is there."""
+    if "LAUNCH_STATUS" not in os.environ:
+        return False
+    with open(os.environ["LAUNCH_STATUS"], "w") as file:
+        file.write(str(status))
+    return True
 
 
 # ---- The command line
@@ -128,18 +160,18 @@ def in_short(config: Config) -> str:
 
 
 @contextlib.contextmanager
-def set_up(wanted: str, tf32: bool = True):
+def set_up(wanted: str, tf32: bool = True, timeout: float = 10.0):
     """The device of this process, with its process group where torchrun started several; gloo on CPUs, nccl on GPUs.
 
-    The device index is the local rank. On the way out, what the user can mend ends the program in one line: a UserError, or too
-    little GPU memory.
+    The device index is the local rank. A process waits `timeout` minutes for the others in a step of training. On the way out,
+    what the user can mend ends the program in one line: a UserError, too little memory, a lost process; and so does a signal.
     """
     import torch
     import torch.distributed as dist
 
-    from utils import UserError, first_line, world_size
+    from utils import Patient, UserError, world_size
 
-    wrong = None
+    end = None
     try:
         if wanted == "cuda" and not torch.cuda.is_available():
             raise UserError("device cuda is not available here: use --device cpu, or auto")
@@ -155,22 +187,46 @@ def set_up(wanted: str, tf32: bool = True):
             torch.backends.cudnn.allow_tf32 = tf32
         if world_size() > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))  # others wait while rank 0 downloads or decodes
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
+            Patient.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=Patient.HOURS))
         yield device
-    except UserError as error:
-        wrong = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        wrong = f"out of memory ({first_line(error)}): raise --accumulation_steps, or lower --batch_size or --model_channels"
-    if wrong and not dist.is_initialized():
-        fail(wrong)
+    except (Exception, Stopped) as error:
+        end = ending(error, timeout)
+        if end is None:
+            if not dist.is_initialized():
+                raise
+            traceback.print_exc()
+            end = functools.partial(sys.exit, 1)
+    if end and not dist.is_initialized():
+        end()
     if dist.is_initialized():
-        leave(wrong, device)
+        leave(end, device)
 
 
-def leave(wrong: str | None, device) -> None:
-    """Ends one of several processes, with the line `wrong` if something was, without the interpreter's own clean-up.
+def ending(error: BaseException, timeout: float):
+    """The call that ends the program in one line after `error`, or None if it is no mistake of the user's, but a bug."""
+    import torch
+    import torch.distributed as dist
+
+    from utils import UserError, first_line
+
+    if isinstance(error, Stopped):
+        return functools.partial(stopped, error)
+    if isinstance(error, UserError):
+        return functools.partial(fail, str(error))
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return functools.partial(fail, f"out of memory ({first_line(error)}): raise --accumulation_steps, or lower --batch_size or "
+                                       "--model_channels")
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and LOST.search(str(error))):
+        return functools.partial(lost, first_line(error), timeout)
+    return None
+
+
+LOST = re.compile("gloo|NCCL|Connection (closed|reset)|Timed out|timeout|Broken pipe")
+
+
+def leave(end, device) -> None:
+    """Ends one of several processes, by `end()` if that is not None, without the interpreter's own clean-up.
 
     Threads of gloo may still run then, and abort the process after all its work is done ("terminate called without an active
     exception", seen in 1 of some 20 runs on a busy machine).
@@ -178,11 +234,11 @@ def leave(wrong: str | None, device) -> None:
     import torch.distributed as dist
 
     status = 0
-    if wrong:
+    if end:
         try:
-            fail(wrong)
-        except SystemExit as end:
-            status = end.code
+            end()
+        except SystemExit as exit:
+            status = exit.code
     elif device.type == "cuda":
         dist.destroy_process_group()
     atexit._run_exitfuncs()  # wandb's, among others
@@ -193,7 +249,7 @@ def leave(wrong: str | None, device) -> None:
 
 def main(arguments: list[str]) -> None:
     config = read_config(arguments)
-    with set_up(config.device, config.tf32) as device:
+    with set_up(config.device, config.tf32, config.timeout) as device:
         from data_utils import check_labels, load_dataset
         from trainer import DiffusionTrainer, check_settings
         from utils import print0, rank0_first, world_size
@@ -206,16 +262,20 @@ def main(arguments: list[str]) -> None:
         DiffusionTrainer(config, dataset, device).train()
 
 
-def start(script, hint: str = "") -> None:
-    """Runs `script(arguments)`; Ctrl-C ends it in one line (and `hint`), a reader such as `head` that has enough in none."""
+def start(script, resumable: bool = False) -> None:
+    """Runs `script(arguments)`; a signal ends it in one line, a reader such as `head` that has enough in none.
+
+    If it is `resumable`, the same command goes on after a signal, and the line and the exit status say so.
+    """
+    stopping.listen(resumable)
+    tell_launcher("")  # of an attempt before this one there may be something
     try:
         script(sys.argv[1:])
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes it on, a second time
-        fail(f"stopped by Ctrl-C{hint}", 130)
+    except Stopped as stop:
+        stopped(stop)
     except BrokenPipeError:
         os._exit(1)
 
 
 if __name__ == "__main__":
-    start(main, "; the same command goes on from the last checkpoint")
+    start(main, resumable=True)

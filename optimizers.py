@@ -41,3 +41,15 @@ def make_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimizer
 def clip_gradients(net: nn.Module, max_norm: float) -> Tensor:
     """Scales the gradients down to `max_norm` where their norm is larger, and returns the norm before; `max_norm` 0 only measures."""
     return nn.utils.clip_grad_norm_(net.parameters(), max_norm or math.inf)
+
+
+def take_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
+    """The optimizer's step, unless `grad_norm` is not finite: then weights and moments stay as they are.
+
+    A fused optimizer is told on the device, as torch.amp.GradScaler tells it, and nothing waits for a GPU.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        optimizer.step()
+    elif grad_norm.isfinite():
+        optimizer.step()

@@ -8,9 +8,9 @@ To add an architecture, write a file such as mlp.py with a class that is called 
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
-import re
 import time
 from typing import NamedTuple
 
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import saving
+import stopping
 from config import MAY_CHANGE, Config
 from couplings import COUPLINGS
 from data_utils import Batches, Dataset, DataSpec
 from ema import EMA
 from logging_utils import Logger, image_grid, scatter_plot
 from mlp import MLP
-from optimizers import clip_gradients, learning_rate, make_optimizer
+from optimizers import clip_gradients, learning_rate, make_optimizer, take_step
 from prediction import Preconditioned, convert, loss_weight, target
 from processes import Process, make_process
 from sampling import SDE_SAMPLERS, Field, draw, make_grid
@@ -39,6 +40,7 @@ from utils import (
     UserError,
     append_dims,
     choose,
+    complain,
     gather_rows,
     make_seed,
     mean_flat,
@@ -47,8 +49,10 @@ from utils import (
     rank,
     share,
     world_size,
+    write_atomically,
 )
 
+RETRY_SECONDS = (1, 2, 4, 8)  # between attempts to write the last checkpoint
 NETWORKS = {"unet": UNet, "mlp": MLP}
 
 
@@ -149,14 +153,17 @@ class DiffusionTrainer:
         self.rows = share(config.batch_size)  # of the global batch
         self.optimizer = make_optimizer(self.net, config.weight_decay)
         self.ema = EMA(self.net, config.ema_decay)
-        self.step = 0  # optimizer steps taken
+        self.step = 0  # steps taken
         self.sums = torch.zeros(11, device=device)  # since the last line of metrics, see `track`
+        self.norms = []  # of the gradients, since they were last looked at
+        self.skipped = 0  # steps in a row until now that were not finite
+        self.saved = None  # step of the last checkpoint
+        self.unsaved = False  # the last attempt to write one failed
 
         self.folder = os.path.join(config.ckpt_dir, config.run_name)
-        self.last = os.path.join(self.folder, saving.LAST)
         parameters = sum(p.numel() for p in self.net.parameters())
         print0(f"{len(dataset.data):,} items of shape {self.spec.shape}, {config.network} of {parameters:,} parameters")
-        if on_rank0(lambda: saving.open_run(self.folder, settings, MAY_CHANGE)):
+        if on_rank0(lambda: saving.open_run(self.folder, settings, dataclasses.asdict(Config()), MAY_CHANGE)):
             self.restore()
         self.logger = None  # only rank 0 has one
         on_rank0(self.start_logger)
@@ -181,7 +188,7 @@ class DiffusionTrainer:
         coupling = COUPLINGS[config.coupling]  # if there is one, it looks at all rows
         rows = range(config.batch_size) if coupling else self.rows
         mine = slice(rows.start, rows.stop)
-        data, label = self.batches(0 if config.overfit_one_batch else step, mine)
+        data, label = self.batches(self.data_step(step), mine)
         x0, label = self.spec.encode(self.to_device(data)), self.to_device(label) if config.class_conditional else None
         generator = torch.Generator(self.device).manual_seed(make_seed(config.seed, "step", step))
 
@@ -200,6 +207,10 @@ class DiffusionTrainer:
         batch = Batch(x0, x1, t, weight, label)
         return batch.rows(slice(self.rows.start, self.rows.stop)) if coupling else batch
 
+    def data_step(self, step: int) -> int:
+        """The step whose items `step` takes."""
+        return 0 if self.config.overfit_one_batch else step
+
     def loss(self, batch: Batch) -> Tensor:
         """The loss of each sample, (B,), float32: the squared error of the prediction, read as target_type, mean over pixels, weighted."""
         config = self.config
@@ -216,13 +227,23 @@ class DiffusionTrainer:
     # ---- Training
 
     def train(self) -> None:
-        """Trains up to num_training_steps, from where the run stands."""
-        config = self.config
-        if self.step >= config.num_training_steps:
+        """Trains up to num_training_steps, from where the run stands. If a signal asks for it, writes a checkpoint and raises Stopped."""
+        if self.step >= self.config.num_training_steps:
             print0(f"{self.folder} is trained already, to step {self.step}: raise --num_training_steps, or choose another --run_name")
-            return self.end()
-        if self.step == 0 and self.spec.is_image:  # a scatter plot of samples shows the data already
-            on_rank0(self.show_data)
+        elif self.step == 0 and self.spec.is_image:  # a scatter plot of samples shows the data already
+            self.attempt(self.show_data)
+        with stopping.hold():
+            if self.step and self.due(self.config.sample_every) and on_rank0(self.lacks_pictures):  # the run ended before they were drawn
+                self.sample()
+            stop = self.loop()
+            self.save_for_good()
+            on_rank0(self.end)
+        if stop:
+            raise stopping.Stopped(f"{stopping.name(stop)} at step {self.step}, with a checkpoint")
+
+    def loop(self) -> int:
+        """The training loop. The number of the signal that stopped it, or 0 at its end."""
+        config, agreed, stop = self.config, stopping.Agreement(), 0
         self.net.train()
         self.restart_clock()
         while self.step < config.num_training_steps:
@@ -234,32 +255,38 @@ class DiffusionTrainer:
                 group["lr"] = rate
 
             # gradient, in parts; processes exchange it once, in the last part
-            parts = batch.split(config.accumulation_steps)
+            parts, sums = batch.split(config.accumulation_steps), torch.zeros_like(self.sums)
             for i, part in enumerate(parts):
                 with self.ddp.no_sync() if world_size() > 1 and i < len(parts) - 1 else contextlib.nullcontext():
                     losses = self.loss(part)
-                    ((part.weight * losses).mean() / len(parts)).backward()
-                self.track(losses.detach(), part)
+                    loss = (part.weight * losses).mean() / len(parts)
+                    loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))  # so that all processes learn of one that is not
+                self.track(sums, losses.detach(), part)
 
-            # step
+            # step, unless the gradient is not finite
             grad_norm = clip_gradients(self.net, config.grad_clip_norm)
-            self.optimizer.step()
+            take_step(self.optimizer, grad_norm)
             self.optimizer.zero_grad()
             self.ema.update(self.net)
-            self.sums[0] += grad_norm
-            self.sums[1] += 1
+            sums[:2] = torch.stack([grad_norm, torch.ones_like(grad_norm)])
+            self.sums += torch.where(grad_norm.isfinite(), sums, 0.0)
+            self.norms.append(grad_norm)
             self.step += 1
+            if self.device.type == "cpu" or self.due(config.log_every):  # a GPU would be waited for
+                self.check_norms()
 
             # what happens every so many steps
             if rank() == 0:
                 self.logger.bar.update()
             if self.due(config.log_every):
                 self.log(rate)
+            if self.due(config.save_every) or self.due(config.milestone_every) or (self.unsaved and self.due(config.log_every)):
+                self.save()
             if self.due(config.sample_every):
                 self.sample()
-            if self.due(config.save_every):
-                self.save()
-        self.end()
+            if stop := agreed(now=self.due(config.sample_every)):
+                break
+        return agreed.wait() or stop
 
     def due(self, every: int) -> bool:
         """Whether something is due after this step, every so many steps (0: never) and at the end."""
@@ -271,12 +298,11 @@ class DiffusionTrainer:
                              num_training_steps=c.num_training_steps, lr_schedule=c.lr_schedule)
 
     def end(self) -> None:
-        if rank() == 0:
-            self.logger.finish()
-            pictures = os.path.join(self.folder, "samples")
-            newest = sorted(f for f in os.listdir(pictures) if re.fullmatch(rf"ema_{self.config.sampler}_\d+\.png", f))[-1:]
-            print0(f"samples     {os.path.join(pictures, *newest)}")
-            print0(f"checkpoint  {self.last}")
+        """What rank 0 does at the end of the run, or of this part of it."""
+        self.logger.finish()
+        if self.step >= self.config.num_training_steps:
+            print0(f"samples     {self.picture_path('ema', self.config.sampler)}")
+            print0(f"checkpoint  {os.path.join(self.folder, saving.LAST)}")
             print0(f"log         {self.logger.metrics}, and curves.png beside it")
 
     def to_device(self, x: Tensor) -> Tensor:
@@ -285,12 +311,52 @@ class DiffusionTrainer:
 
     # ---- Watching
 
-    def track(self, losses: Tensor, batch: Batch) -> None:
+    def track(self, sums: Tensor, losses: Tensor, batch: Batch) -> None:
         """Adds up, on the device, without waiting for it: gradient norm, steps, what is minimized, and loss and count by quarter of t."""
         quarter = (4 * batch.t).long().clamp(0, 3)
-        self.sums[2] += (batch.weight * losses).sum()
-        self.sums[3:7].scatter_add_(0, quarter, losses)
-        self.sums[7:11].scatter_add_(0, quarter, torch.ones_like(losses))
+        sums[2] += (batch.weight * losses).sum()
+        sums[3:7].scatter_add_(0, quarter, losses)
+        sums[7:11].scatter_add_(0, quarter, torch.ones_like(losses))
+
+    def check_norms(self) -> None:
+        """Looks at the gradient norms since the last time, which waits for the device, and tells of the steps that were skipped.
+
+        Raises UserError after max_skipped_steps in a row. The norms are of the whole batch, so that all processes see the same.
+        """
+        norms, self.norms = torch.stack(self.norms).tolist() if self.norms else [], []
+        for step, norm in enumerate(norms, self.step - len(norms)):
+            self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+            if self.skipped:
+                self.tell_skipped(step, norm)
+            if self.skipped == self.config.max_skipped_steps:
+                raise UserError(f"{self.skipped} steps in a row had a loss or gradient that is not finite, up to step {step}: "
+                                f"{self.folder}/skipped holds their batches, and the last checkpoint is good; lower --base_lr, or look at "
+                                "the data")
+
+    def tell_skipped(self, step: int, norm: float) -> None:
+        """Prints rate, times and gradient norm of a skipped step, and saves them with the indices of its batch. All processes take part."""
+        t = gather_rows(self.prepare_batch(step).t)
+        facts = {"learning_rate": self.learning_rate(step), "t_min": t.min().item(), "t_max": t.max().item(), "grad_norm": norm}
+
+        def tell():
+            text = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
+            complain(f"step {step} has a loss or gradient that is not finite, and is skipped: {text}")
+            content = {"step": step, **facts, "indices": self.batches.indices(self.data_step(step)).tolist()}
+            os.makedirs(os.path.join(self.folder, "skipped"), exist_ok=True)
+            path = os.path.join(self.folder, "skipped", f"step_{step:07d}.json")
+            write_atomically(path, lambda file: file.write(json.dumps(content).encode()))
+
+        self.attempt(tell)
+
+    def attempt(self, work) -> bool:
+        """Whether `work()` went well on rank 0; if not, it says why, and training goes on."""
+        try:
+            on_rank0(work)
+        except UserError as error:
+            if rank() == 0:
+                complain(str(error))
+            return False
+        return True
 
     def restart_clock(self) -> None:
         self.clock, self.clock_step = time.perf_counter(), self.step
@@ -303,9 +369,8 @@ class DiffusionTrainer:
         grad_norm, steps, loss, *by_quarter = sums.tolist()
         seconds = time.perf_counter() - self.clock
         images = (self.step - self.clock_step) * self.config.batch_size
-        values = {
-            "loss": loss / sum(by_quarter[4:]),
-            "grad_norm": grad_norm / steps,
+        values = {"loss": loss / sum(by_quarter[4:]), "grad_norm": grad_norm / steps} if steps else {}  # all were skipped
+        values |= {
             "learning_rate": rate,
             "images_per_second": images / seconds,
             "epoch": self.step * self.config.batch_size / len(self.dataset.data),
@@ -313,7 +378,7 @@ class DiffusionTrainer:
         for i, (total, count) in enumerate(zip(by_quarter[:4], by_quarter[4:])):
             if count:
                 values[f"loss_t_{i / 4:.2f}_{(i + 1) / 4:.2f}"] = total / count
-        on_rank0(lambda: self.logger.log(self.step, values))
+        self.attempt(lambda: self.logger.log(self.step, values))
         self.sums.zero_()
         self.restart_clock()
 
@@ -335,22 +400,40 @@ class DiffusionTrainer:
         blank = np.zeros(self.spec.shape, data.dtype)  # for a label that no item has
         shown = [(by_class[i % len(by_class)], i // len(by_class)) for i in range(self.config.num_samples)]
         images = np.stack([data[of[n % len(of)]] if len(of) else blank for of, n in shown])
-        self.logger.picture(self.step, "real", self.picture(torch.from_numpy(images)), "real.png")
+        self.logger.picture(self.step, "real", self.picture(torch.from_numpy(images)), os.path.join(self.folder, "real.png"))
+
+    def grids(self) -> list[tuple[str, str]]:
+        """Weights and sampler of each grid."""
+        samplers = dict.fromkeys(filter(None, (self.config.sampler, self.config.sde_sampler)))
+        return [(weights, sampler) for weights in ("raw", "ema") for sampler in samplers]
+
+    def picture_path(self, weights: str, sampler: str) -> str:
+        return os.path.join(self.folder, "samples", f"{weights}_{sampler}_{self.step:07d}.png")
+
+    def lacks_pictures(self) -> bool:
+        return not all(os.path.exists(self.picture_path(*grid)) for grid in self.grids())
 
     def sample(self) -> None:
         """Grids by the ODE and the SDE sampler, of raw and EMA weights; the same noise and labels in every grid of a run.
 
-        All processes take part, each with its share of the rows.
+        All processes take part, each with its share of the rows. A grid that cannot be drawn is told of, and training goes on; a
+        signal breaks off the drawing.
         """
         c = self.config
         labels = torch.arange(c.num_samples) % self.spec.num_classes if c.class_conditional else None
         self.net.eval()
-        for weights, net in (("raw", self.net), ("ema", self.ema.net)):
-            for sampler in dict.fromkeys(filter(None, (c.sampler, c.sde_sampler))):
-                samples = draw_all(c, self.spec, self.process, net, self.device, rows=range(c.num_samples), labels=labels, sampler=sampler)
-                name = f"{weights}_{sampler}"
-                on_rank0(lambda name=name, samples=samples: self.logger.picture(self.step, name, self.picture(samples)))
-        on_rank0(self.logger.curves if rank() == 0 else None)
+        for weights, sampler in self.grids():
+            net = self.net if weights == "raw" else self.ema.net
+            try:
+                samples = draw_all(c, self.spec, self.process, net, self.device, rows=range(c.num_samples), labels=labels, sampler=sampler,
+                                   together=True)
+            except UserError as error:
+                if rank() == 0 and not stopping.asked():
+                    complain(f"no grid of {weights} weights by {sampler} at step {self.step}: {error}")
+                continue
+            self.attempt(lambda grid=(weights, sampler), samples=samples: self.logger.picture(
+                self.step, "_".join(grid), self.picture(samples), self.picture_path(*grid)))
+        self.attempt(lambda: self.logger.curves())
         self.net.train()
         self.restart_clock()
 
@@ -364,29 +447,51 @@ class DiffusionTrainer:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "sums": gather_rows(self.sums[None]),  # (processes, 11)
+            "skipped": self.skipped,
             "config": saving.plain(dataclasses.asdict(self.config)),
             "data": saving.plain(dataclasses.asdict(self.spec)),
         }
 
-    def save(self) -> None:
-        """Writes last.pt, on rank 0."""
-        state = self.state()
-        on_rank0(lambda: saving.save(self.last, state))
-        self.restart_clock()
+    def save(self) -> bool:
+        """Writes a checkpoint, unless this step has one, on rank 0; whether it is there. If not, the next line of metrics tries again."""
+        self.check_norms()
+        if self.saved != self.step:
+            state = self.state()
+
+            def write():
+                self.logger.write_lines(sync=True)  # no checkpoint without the metrics up to it
+                saving.save(self.folder, state, self.config.keep_checkpoints, self.config.milestone_every)
+
+            self.unsaved = not self.attempt(write)
+            self.saved = self.saved if self.unsaved else self.step
+            self.restart_clock()
+        return not self.unsaved
+
+    def save_for_good(self) -> None:
+        """Writes the last checkpoint of this part of the run, in several attempts. Raises UserError if all fail."""
+        for seconds in (*RETRY_SECONDS, None):
+            if self.save():
+                return
+            if seconds:
+                time.sleep(seconds)
+        raise UserError(f"the checkpoint of step {self.step} cannot be written; make room, and the same command goes on from that of step "
+                        f"{self.saved}, or from the start if there is none")
 
     def restore(self) -> None:
-        """Takes up the run where last.pt left it."""
-        state = saving.load(self.last)
+        """Takes up the run where its newest checkpoint left it; rank 0 says which one that is."""
+        found = []
+        path = on_rank0(lambda: found.append(saving.load_newest(self.folder)) or found[0][1])
+        state = found[0][0] if found else saving.load(path)
         there, here = state["data"], saving.plain(dataclasses.asdict(self.spec))
         for name, mine in here.items():
             theirs = there[name]
             if np.shape(theirs) != np.shape(mine) or not np.allclose(theirs, mine, rtol=1e-5):  # other machines may round a mean otherwise
-                raise UserError(f"{self.last} is of other data, {name} {theirs}, not {mine}: give it those, or another --run_name")
-        saving.restore(self.net, state["net"], self.last)
+                raise UserError(f"{path} is of other data, {name} {theirs}, not {mine}: give it those, or another --run_name")
+        saving.restore(self.net, state["net"], path)
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        sums = state["sums"]
+        self.step = self.saved = state["step"]
+        self.skipped, sums = state.get("skipped", 0), state["sums"]
         if len(sums) != world_size():  # another number of processes: what was added up goes to rank 0
             sums = torch.cat([sums[0, :2], sums[:, 2:].sum(0)]).expand(world_size(), -1).clone()
             sums[1:, 2:] = 0
@@ -395,14 +500,17 @@ class DiffusionTrainer:
 
 
 def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device: torch.device, *, rows: range, labels: Tensor | None,
-             sampler: str, guide: nn.Module | None = None) -> Tensor:
+             sampler: str, guide: nn.Module | None = None, together: bool = False) -> Tensor:
     """Samples `rows`, shared among all processes, decoded, on the CPU of every process: uint8 images or float vectors (N, ...).
 
     `labels` (N,) are those of all samples from 0 on. The settings of sampling are those of `config`. `guide` is a network for autoguidance.
+    If one process fails, it raises UserError at once, or, with `together`, all do when all are done.
     """
 
     def counted(net):
         def network(xt, t, label):
+            if number := stopping.asked():  # in training, which holds the signals
+                raise UserError(f"broken off by {stopping.name(number)}")
             progress.update()
             if spec.is_image and config.channels_last:
                 xt = xt.contiguous(memory_format=torch.channels_last)
@@ -415,9 +523,17 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
     settings = {**vars(config), "process": process, "sampler": sampler, "device": device, "batch_size": config.sampling_batch_size}
     batches = draw(counted(net), rows=rows[mine.start : mine.stop], shape=spec.shape, labels=labels,
                    guide=guide and counted(guide), **settings)
-    decoded = [torch.empty(0, *spec.shape, dtype=torch.uint8 if spec.is_image else torch.float32)]
-    with Progress(f"{sampler}: 0 of {len(mine)} samples", unit="network call") as progress:
-        for batch in batches:
-            decoded.append(spec.decode(batch).cpu())
-            progress.update(0, f"{sampler}: {sum(map(len, decoded))} of {len(mine)} samples")
-    return gather_rows(torch.cat(decoded))
+    decoded, wrong = [torch.empty(0, *spec.shape, dtype=torch.uint8 if spec.is_image else torch.float32)], None
+    try:
+        with Progress(f"{sampler}: 0 of {len(mine)} samples", unit="network call") as progress:
+            for batch in batches:
+                decoded.append(spec.decode(batch).cpu())
+                progress.update(0, f"{sampler}: {sum(map(len, decoded))} of {len(mine)} samples")
+    except UserError as error:
+        if not together:
+            raise
+        decoded, wrong = decoded[:1], error
+    samples = gather_rows(torch.cat(decoded))
+    if len(samples) < len(rows):
+        raise wrong or UserError("another process could not draw its samples")
+    return samples

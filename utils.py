@@ -4,6 +4,7 @@ Randomness. `make_seed` mixes any numbers and words into one seed, and `RowNoise
 (seed, i) only: a process that holds rows 64 to 127 draws just these, and gets what a single process would get for them.
 """
 
+import contextlib
 import errno
 import inspect
 import os
@@ -47,9 +48,21 @@ def print0(*args) -> None:
         print(*args, flush=True)
 
 
+def complain(text: str) -> None:
+    """A line on stderr about something that went wrong and does not end the run."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def share(n: int) -> range:
     """The rows of n that this process takes: one run of rows each, alike in length to one row."""
     return range(n * rank() // world_size(), n * (rank() + 1) // world_size())
+
+
+class Patient:
+    """The processes, for work that takes them unlike times: sampling, and what rank 0 does alone. `main.set_up` makes the group."""
+
+    group = None  # None: the default group, with the time-out of a training step
+    HOURS = 12
 
 
 def gather_rows(mine: torch.Tensor) -> torch.Tensor:
@@ -58,27 +71,31 @@ def gather_rows(mine: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return mine
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(mine)]))
+    dist.all_gather(counts, torch.tensor([len(mine)]), group=Patient.group)
     padded = mine.new_zeros(max(counts).item(), *mine.shape[1:])
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
+    dist.all_gather(parts, padded, group=Patient.group)
     return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
 
 def on_rank0(work):
     """`work()` on rank 0 while the others wait; its result, something small, on all.
 
-    Raises UserError on all if rank 0 met one, or could not read or write a file.
+    Raises UserError on all if rank 0 met one, or could not read or write a file; on the others also for any other error there.
     """
-    answer = [None, None]
+    answer, bug = [None, None], None
     if rank() == 0:
         try:
             answer = [work(), None]
         except (UserError, OSError) as error:
             answer = [None, str(error)]
+        except Exception as error:
+            answer, bug = [None, f"process 0 failed ({type(error).__name__}: {first_line(error)})"], error
     if world_size() > 1:
-        dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"), group=Patient.group)
+    if bug is not None:
+        raise bug
     result, error = answer
     if error is not None:
         raise UserError(error)
@@ -235,6 +252,10 @@ def write_atomically(path: str, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # the new name, too, is to survive a loss of power; not all file systems can
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         room = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
         raise UserError(f"cannot write {path} ({error.strerror or error}): {room}choose another folder") from error

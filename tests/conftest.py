@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_MODE"] = "disabled"  # a start of wandb takes a second; its own tests set another
 GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # for the one test that wants a GPU; the others compare float32 on the CPU, everywhere
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "WANDB_API_KEY"):
@@ -25,6 +25,7 @@ from trainer import DiffusionTrainer  # noqa: E402
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also train the digits preset whole, for a minute")
+    parser.addoption("--faults-long", action="store_true", help="also kill runs at 30 random moments, for some ten minutes")
 
 
 def gaussian(process, kind="velocity", dims=1, mean=0.7, std=0.5) -> GaussianMixture:

@@ -3,8 +3,13 @@
 import http.server
 import json
 import os
+import resource
+import shutil
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,18 +19,18 @@ import torch
 from conftest import ROOT, run
 from PIL import Image
 
-from logging_utils import Logger, image_grid, scatter_plot
+from logging_utils import Logger, image_grid, run_id, scatter_plot
 
 SETTINGS = {"mults": (1, 2), "bf16": None, "lr": 0.1}
 
 
-def read_wandb(folder):
+def read_wandb(folder, runs="offline-run-*"):
     """Config and history that an offline run holds. The file: a header of 7 bytes, then blocks of 32 KiB of records, each a checksum
     (4 bytes), a length (2), a type (1: whole, 2: first, 3: middle, 4: last part) and a protobuf."""
     from wandb.proto import wandb_internal_pb2
 
     config, history = {}, []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+    for path in sorted(folder.glob(f"wandb/{runs}/*.wandb")):
         content, position, parts = path.read_bytes(), 7, b""
         while position + 7 <= len(content):
             if 32768 - position % 32768 < 7:
@@ -79,8 +84,9 @@ def test_pictures_and_curves(tmp_path):
         log.log(step, values(1 / step))
     log.curves()
     assert Image.open(tmp_path / "curves.png").size == (1000, 600)
-    path = log.picture(7, "ema_heun", image_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 2))
-    assert path.endswith(os.path.join("samples", "ema_heun_0000007.png")) and Image.open(path).width >= 450
+    path = os.path.join(tmp_path, "samples", "x.png")
+    log.picture(7, "ema_heun", image_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 2), path)
+    assert Image.open(path).width >= 450
     log.finish()
 
 
@@ -106,7 +112,7 @@ def test_wandb_offline_holds_everything(tmp_path, monkeypatch):
     for step in (0, 3):  # a run, and the same run going on
         log = logger(tmp_path, "offline", step=step)
         log.log(step + 1, values(0.5))
-        log.picture(step + 1, "real", image_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 2))
+        log.picture(step + 1, "real", image_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 2), os.path.join(tmp_path, "real.png"))
         log.finish()
         time.sleep(1)  # wandb names its folders by the second
     config, history = read_wandb(tmp_path)
@@ -115,7 +121,7 @@ def test_wandb_offline_holds_everything(tmp_path, monkeypatch):
     assert [h["step"] for h in history if "loss" in h] == [1, 4]
     assert any(key.startswith("samples") and "real" in key for h in history for key in h)
     ids = {path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*")}
-    assert ids == {(tmp_path / "wandb_id").read_text()}
+    assert ids == {(tmp_path / "wandb_id").read_text().split()[0]}
 
 
 ONLINE = """
@@ -179,9 +185,119 @@ def test_a_mode_of_the_environment(tmp_path, monkeypatch, capsys):
     assert logger(tmp_path, "online").run is None
 
 
+MIDDLE = """
+import os, pathlib, sys, time; sys.path.insert(0, sys.argv[1])
+from logging_utils import Logger
+folder = pathlib.Path(sys.argv[2])
+os.makedirs(folder / "run", exist_ok=True)
+log = Logger(str(folder / "run"), {}, sys.argv[3], "tests", 0, 10)
+for step in range(1, 40):
+    log.log(step, dict(loss=1.0, grad_norm=1.0, learning_rate=1.0, images_per_second=1.0))
+    if step == 20:
+        time.sleep(1.5)
+        (folder / "ready").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.05)
+log.finish()
+print("finished", flush=True)
+"""
+
+
+def break_in_the_middle(folder, mode, breaks, **environment):
+    """Logs 39 steps, with `breaks(process)` called after the 20th; what it said, and the seconds from the break to the end."""
+    environment = {**os.environ, "HOME": str(folder), "NETRC": str(folder / "none"), "WANDB_MODE": mode, **environment}
+    with subprocess.Popen([sys.executable, "-c", MIDDLE, ROOT, folder, mode], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, env=environment) as process:
+        deadline = time.monotonic() + 60
+        while not (folder / "ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        breaks(process)
+        start = time.monotonic()
+        (folder / "go").touch()
+        output, errors = process.communicate(timeout=90)
+    assert process.returncode == 0 and output.endswith("finished\n"), errors
+    assert [line["step"] for line in lines(folder / "run")] == list(range(1, 40))
+    return errors, time.monotonic() - start
+
+
+class Wandb(NotFound):
+    """Enough of a wandb server for a run to start."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        asked, data = json.loads(body) if self.path.endswith("/graphql") else {"query": ""}, {}
+        if "upsertBucket" in asked["query"]:
+            bucket = {"id": "b", "name": asked["variables"]["name"], "displayName": "run", "historyLineCount": 0,
+                      "project": {"id": "p", "name": "tests", "entity": {"id": "e", "name": "me"}}}
+            data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        elif "createRunFiles" in asked["query"]:
+            files = [{"name": name, "uploadUrl": f"http://{self.headers['Host']}/{name}"} for name in asked["variables"]["files"]]
+            data = {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+        elif "viewer" in asked["query"]:
+            data = {"viewer": {"id": "v", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": {"edges": []}}}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_PUT = do_POST
+
+
+def test_wandb_server_gone_in_the_middle(tmp_path):
+    """Training goes on, and the end waits for it no longer than 30 s; what wandb has is on the disk."""
+    class Server(http.server.ThreadingHTTPServer):
+        def finish_request(self, *request):
+            if not gone:
+                super().finish_request(*request)
+
+    gone, server = [], Server(("127.0.0.1", 0), Wandb)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    errors, seconds = break_in_the_middle(tmp_path, "online", gone.append, WANDB_API_KEY="a" * 40,
+                                          WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+    assert seconds < 35 and errors.count("\n") == 1 and "wandb: closing it failed" in errors and "sync --include-online" in errors, errors
+    assert len(read_wandb(tmp_path / "run", "run-*")[1]) == 39
+
+
+def test_wandb_process_killed_in_the_middle(tmp_path):
+    def kill(process):
+        subprocess.run(["pkill", "-KILL", "-P", str(process.pid), "-f", "wandb-core"], check=True)
+
+    errors, seconds = break_in_the_middle(tmp_path, "offline", kill)
+    assert seconds < 20 and errors.count("\n") == 1 and "wandb: logging to it failed" in errors, errors
+    assert len(read_wandb(tmp_path / "run")[1]) >= 15  # up to a second before
+
+
+def test_wandb_folder_full(tmp_path):
+    """From the start: there is no room for a byte of wandb's."""
+    folder = tmp_path / "run" / "wandb"
+    folder.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        (folder / "filler").write_bytes(b"x" * 4096)
+        errors, seconds = break_in_the_middle(tmp_path, "offline", lambda process: None)
+        assert seconds < 30 and 1 <= errors.count("\n") <= 2 and all(line.startswith("wandb: ") for line in errors.splitlines()), errors
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_copied_folder_is_another_run_on_wandb(tmp_path):
+    (tmp_path / "run").mkdir()
+    first = run_id(str(tmp_path / "run"), new=True)
+    assert run_id(str(tmp_path / "run"), new=False) == first
+    shutil.copytree(tmp_path / "run", tmp_path / "a copy")
+    second = run_id(str(tmp_path / "a copy"), new=False)
+    assert second != first and run_id(str(tmp_path / "a copy"), new=False) == second
+
+
 def test_wandb_failing_in_the_middle_is_told_once(tmp_path, capsys):
     class Broken:
-        def log(self, values):
+        def log(self, values, step):
             raise RuntimeError("server gone")
 
     log = logger(tmp_path)
@@ -190,3 +306,22 @@ def test_wandb_failing_in_the_middle_is_told_once(tmp_path, capsys):
     log.log(2, values(1.0))
     log.finish()
     assert capsys.readouterr().err.count("server gone") == 1 and len(lines(tmp_path)) == 2
+
+
+def test_metrics_on_a_full_disk_are_written_later(tmp_path):
+    """Whole lines or nothing, each once; the limit on the size of a file stands in for the disk."""
+    log = logger(tmp_path)
+    log.log(1, values(1.0))
+    size = os.path.getsize(log.metrics)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, old[1][1]))
+        for step in (2, 3):
+            with pytest.raises(OSError):
+                log.log(step, values(1.0))
+            assert os.path.getsize(log.metrics) == size
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old[1])
+        signal.signal(signal.SIGXFSZ, old[0])
+    log.log(4, values(1.0))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]

@@ -1,11 +1,15 @@
-"""Checkpoints: there and back, missing, truncated, foreign, made to run code; run folders with other settings."""
+"""Checkpoints: there and back, which are kept, damaged in every way, made to run code; run folders with other settings, or in use."""
 
 import json
 import os
 import pickle
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 import saving
@@ -14,19 +18,40 @@ from utils import UserError
 STATE = {"step": 3, "net": {"w": torch.randn(3)}, "ema": {}, "config": {"a": [1, 2], "b": None}, "data": {}}
 
 
+def save(folder, step=3, **settings):
+    saving.save(str(folder), {**STATE, "step": step}, **settings)
+
+
 def test_there_and_back(tmp_path):
-    path = str(tmp_path / "last.pt")
-    saving.save(path, STATE)
-    again = saving.load(path)
-    assert again["config"] == STATE["config"] and torch.equal(again["net"]["w"], STATE["net"]["w"])
-    assert os.listdir(tmp_path) == ["last.pt"]
+    save(tmp_path)
+    again = saving.load(str(tmp_path / "last.pt"))
+    assert again.keys() == STATE.keys() and again["config"] == STATE["config"] and torch.equal(again["net"]["w"], STATE["net"]["w"])
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "step_0000003.pt"]
+    assert os.path.samefile(tmp_path / "last.pt", tmp_path / "step_0000003.pt")
+
+
+def test_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    for step in (3, 4):
+        save(tmp_path, step)
+        assert saving.load(str(tmp_path / "last.pt"))["step"] == step
+    assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
+
+
+def test_the_last_few_and_the_milestones_are_kept(tmp_path):
+    for step in range(2, 21, 2):
+        save(tmp_path, step, keep=3, milestone_every=10)
+        assert saving.load(str(tmp_path / "last.pt"))["step"] == step
+    assert [step for step, _ in saving.numbered(str(tmp_path))] == [20, 18, 16, 10]
+    save(tmp_path, 22, keep=1)
+    assert [step for step, _ in saving.numbered(str(tmp_path))] == [22]
 
 
 def test_missing_truncated_and_foreign(tmp_path):
     path = str(tmp_path / "last.pt")
     with pytest.raises(UserError, match="no checkpoint"):
         saving.load(path)
-    saving.save(path, STATE)
+    save(tmp_path)
     whole = open(path, "rb").read()
     for cut in (0, 1, len(whole) // 2, len(whole) - 1):
         open(path, "wb").write(whole[:cut])
@@ -42,6 +67,58 @@ def test_missing_truncated_and_foreign(tmp_path):
     torch.save({**STATE, "data": None}, path)
     with pytest.raises(UserError, match="no checkpoint of this project"):
         saving.load(path)
+    torch.save(STATE, path)  # without a checksum
+    with pytest.raises(UserError, match="no checkpoint of this project"):
+        saving.load(path)
+
+
+def test_a_flipped_bit_anywhere_changes_nothing_or_is_found(tmp_path):
+    """Every byte of a small checkpoint in turn; the bytes that do not matter are zip's own, such as dates and padding."""
+    save(tmp_path)
+    path, found = tmp_path / "last.pt", 0
+    whole = path.read_bytes()
+    assert len(whole) < 5000
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
+        try:
+            state = saving.load(str(path))
+            assert saving.digest(state) == saving.digest(STATE), position
+        except UserError:
+            found += 1
+    weight = whole.find(STATE["net"]["w"].numpy().tobytes())
+    assert weight > 0 and found > 500
+    path.write_bytes(whole[:weight] + bytes([whole[weight] ^ 1]) + whole[weight + 1 :])
+    with pytest.raises(UserError, match="SHA-256"):
+        saving.load(str(path))
+
+
+def test_a_digest_sees_types_shapes_names_and_order():
+    states = [{"a": torch.zeros(2, 3)}, {"a": torch.zeros(3, 2)}, {"a": torch.zeros(6)}, {"a": torch.zeros(2, 3, dtype=torch.int32)},
+              {"b": torch.zeros(2, 3)}, {"a": [1, 2]}, {"a": [2, 1]}, {"a": [1, [2]]}, {"a": [[1], 2]}, {"a": 1}, {"a": "1"}, {"a": None}]
+    assert len({saving.digest(state) for state in states}) == len(states)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.bfloat16)
+    assert saving.digest(x.contiguous(memory_format=torch.channels_last)) == saving.digest(x)
+
+
+def test_damaged_ones_are_passed_over_in_one_line(tmp_path, capsys):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    folder = str(tmp_path)
+    assert saving.load_newest(folder)[0]["step"] == 3 and capsys.readouterr().err == ""
+    for step, kept in ((3, 2), (2, 1)):
+        with open(tmp_path / f"step_{step:07d}.pt", "r+b") as file:  # last.pt is the same file
+            file.truncate(1000)
+        state, path = saving.load_newest(folder)
+        error = capsys.readouterr().err
+        assert state["step"] == kept and path.endswith(f"step_{kept:07d}.pt")
+        assert error.count("\n") == 1 and "last.pt cannot be read" in error and f"going back to {path}, of step {kept}" in error
+    assert saving.settings_of(folder) == STATE["config"]
+    save(tmp_path, 2, keep=1)  # the run goes on, and writes over them
+    assert saving.load_newest(folder)[0]["step"] == 2
+    for path in saving.checkpoints(folder):
+        open(path, "w").close()
+    with pytest.raises(UserError, match="no checkpoint that can be read: .*last.pt cannot be read.*--run_name, or remove"):
+        saving.load_newest(folder)
 
 
 class Bomb:
@@ -68,39 +145,73 @@ def test_another_architecture(tmp_path):
             saving.restore(net, weights, "x.pt")
 
 
+def open_run(folder, settings):
+    return saving.open_run(folder, settings, {}, {"log_every"})
+
+
 @pytest.mark.parametrize("saved", [True, False])
 def test_run_folder(tmp_path, saved):
     """Other settings are refused as soon as there is a checkpoint or a line of metrics to lose."""
     folder, metrics = str(tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
     settings = {"lr": 0.1, "mults": (1, 2), "bf16": None, "log_every": 5}
     plain = {"lr": 0.1, "mults": [1, 2], "bf16": None, "log_every": 5}
-    assert saving.open_run(folder, {**settings, "lr": 0.3}, set()) is False
-    assert saving.open_run(folder, settings, set()) is False  # nothing there to lose yet
+    assert open_run(folder, {**settings, "lr": 0.3}) is False
+    assert open_run(folder, settings) is False  # nothing there to lose yet
     assert json.load(open(tmp_path / "run" / "config.json")) == plain
     if saved:
-        saving.save(os.path.join(folder, saving.LAST), {**STATE, "config": plain})
+        saving.save(folder, {**STATE, "config": plain})
         (tmp_path / "run" / "config.json").unlink()  # the settings are in the checkpoint
         (tmp_path / "run" / "last.pt.tmp77").write_text("of a save that was killed")
     else:
         metrics.write_text('{"step": 1}\n')
-    assert saving.open_run(folder, {**settings, "log_every": 7}, {"log_every"}) is saved
+    assert open_run(folder, {**settings, "log_every": 7}) is saved
     assert json.load(open(tmp_path / "run" / "config.json"))["log_every"] == 7
     assert not (tmp_path / "run" / "last.pt.tmp77").exists()
     with pytest.raises(UserError, match=r"lr \(0.1 there, 0.2 now\), new \(None there, 1 now\); .*another --run_name"):
-        saving.open_run(folder, {**settings, "lr": 0.2, "new": 1}, {"log_every"})
+        open_run(folder, {**settings, "lr": 0.2, "new": 1})
     assert json.load(open(tmp_path / "run" / "config.json"))["lr"] == 0.1
 
 
+def test_a_setting_that_was_added_since(tmp_path):
+    """The run was made as if with its default."""
+    save(tmp_path)
+    settings = {**STATE["config"], "added": 5}
+    assert saving.open_run(str(tmp_path), settings, {"added": 5}, set()) is True
+    with pytest.raises(UserError, match=r"other settings: added \(6 there, 5 now\)"):
+        saving.open_run(str(tmp_path), settings, {"added": 6}, set())
+
+
 def test_damaged_settings(tmp_path):
-    saving.open_run(str(tmp_path), {"lr": 0.1}, set())
+    open_run(str(tmp_path), {"lr": 0.1})
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     for text in ("[1]", "{", "7"):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match="does not hold the settings"):
-            saving.open_run(str(tmp_path), {"lr": 0.1}, set())
+            open_run(str(tmp_path), {"lr": 0.1})
 
 
 def test_run_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another --run_name or --ckpt_dir"):
-        saving.open_run(str(tmp_path / "file" / "run"), {}, set())
+        open_run(str(tmp_path / "file" / "run"), {})
+
+
+def test_a_folder_in_use_is_refused(tmp_path, monkeypatch):
+    """By another process as long as it lives; this one may open it again."""
+    folder = str(tmp_path / "run")
+    code = "import sys, time, saving; saving.open_run(sys.argv[1], {}, {}, set()); print('open', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "open\n"
+        monkeypatch.setattr(saving, "WAIT_FOR_LOCK", 0.2)
+        with pytest.raises(UserError, match=rf"in use by process {other.pid} on .*, started .*--run_name"):
+            open_run(folder, {})
+        threading.Timer(1.0, other.kill).start()
+        monkeypatch.setattr(saving, "WAIT_FOR_LOCK", 30)
+        assert open_run(folder, {}) is False  # it waited for the end of the other one
+    assert open_run(folder, {}) is False
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(saving.fcntl, "flock", lambda *arguments: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
+    assert open_run(str(tmp_path / "run"), {}) is False
+    assert "without locks" in capsys.readouterr().err

@@ -1,0 +1,577 @@
+"""Runs that are killed, stopped, starved and cut off, with real processes, signals, files and disks: they come out the same.
+
+`python -m pytest tests/test_faults.py --faults-long -s` also kills runs at 30 random moments and reports how many came out bit-equal.
+"""
+
+import contextlib
+import fcntl
+import functools
+import inspect
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, flags, launch, make, run, tiny
+
+import sampling
+import saving
+import stopping
+from utils import UserError
+
+FAULTS = dict(num_training_steps=60, warmup_steps=5, base_lr=1e-3, lr_schedule="cosine", time_sampler="stratified", random_flip=True,
+              dropout=0.2, log_every=4, save_every=6)
+
+
+# ---- A run in the background
+
+
+class Run:
+    """`sh run.sh`, or `python main.py` for one process, in the background; all that it starts has the folder in its arguments."""
+
+    def __init__(self, folder, processes=2, restarts=0, **changes):
+        config = tiny(folder, **{**FAULTS, **changes})
+        self.folder, self.name = folder / config.run_name, f"ckpt_dir {folder}"
+        self.output, self.errors = (folder.with_name(f"{folder.name}_{config.run_name}.{end}") for end in ("out", "err"))
+        command = ["sh", ROOT / "run.sh"] if processes > 1 else [sys.executable, ROOT / "main.py"]
+        environment = {**os.environ, "PYTHON": sys.executable, "THREADS": "1", "OMP_NUM_THREADS": "1", "GPUS": str(processes),
+                       "WANDB_MODE": config.wandb, "RESTARTS": str(restarts)}
+        with open(self.output, "a") as output, open(self.errors, "w") as errors:
+            self.process = subprocess.Popen([*command, *flags(config)], stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
+                                            env=environment, start_new_session=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.kill()
+
+    def wait_for(self, ready, seconds=90):
+        """Until `ready()`, with the run alive."""
+        deadline = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < deadline and self.process.poll() is None, self.errors.read_text() + self.output.read_text()
+            time.sleep(0.01)
+
+    def wait_for_checkpoint(self, step):
+        self.wait_for(lambda: any(n >= step for n, _ in saving.numbered(str(self.folder))))
+
+    def workers(self):
+        """Process ids of the workers, in order of rank."""
+        if "launch.py" not in open(f"/proc/{self.process.pid}/cmdline").read():
+            return [self.process.pid]
+        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
+        return [int(pid) for pid in found]
+
+    def signal_workers(self, number):
+        for pid in self.workers():
+            os.kill(pid, number)
+
+    def end(self, seconds=120):
+        """Waits for the end; exit status, and what it said on stderr."""
+        status = self.process.wait(timeout=seconds)
+        return status, self.errors.read_text()
+
+    def kill(self):
+        """SIGKILL to the launcher and everything it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        subprocess.run(["pkill", "-KILL", "-f", self.name], check=False)
+        self.process.wait()
+
+
+def finish(folder, processes=2, **changes):
+    """The same command once more, to its end; its output, and what it said on stderr."""
+    with Run(folder, processes, **changes) as again:
+        status, errors = again.end()
+    assert status == 0, errors
+    return again.output.read_text(), errors
+
+
+def result_of(folder):
+    """What must be bit-equal: weights, EMA, optimizer, step; and the metrics, but for the clock."""
+    state = saving.load(str(folder / "last.pt"))
+    state.pop("config")
+    lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    for line in lines:
+        line.pop("images_per_second")
+    return saving.digest(state), lines
+
+
+@functools.lru_cache
+def straight(processes=2, **changes):
+    """The result of a run that nothing happened to."""
+    import pathlib
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        finish(pathlib.Path(folder), processes, **changes)
+        digest, lines = result_of(pathlib.Path(folder) / "digits")
+    assert [line["step"] for line in lines] == list(range(4, 61, 4))
+    return digest, lines
+
+
+# ---- Killed
+
+
+def test_killed_twice_and_started_again_is_bit_equal(tmp_path):
+    """SIGKILL to all processes in the start and near the end; wandb has one run of it all."""
+    for step in (1, 40):
+        with Run(tmp_path, wandb="offline") as killed:
+            killed.wait_for_checkpoint(step)
+            killed.kill()
+        time.sleep(1)  # wandb names its folders by the second
+    output, _ = finish(tmp_path, wandb="offline")
+    assert "going on with" in output
+    assert result_of(tmp_path / "digits") == straight()
+    ids = {path.name.split("-")[-1] for path in (tmp_path / "digits" / "wandb").glob("offline-run-*")}
+    assert ids == {(tmp_path / "digits" / "wandb_id").read_text().split()[0]}
+    assert not [name for name in os.listdir(tmp_path / "digits") if ".tmp" in name]
+
+
+def test_killed_at_random_moments(request, tmp_path):
+    """30 runs, each killed once between its start and its end and started again. How many come out bit-equal?"""
+    if not request.config.getoption("--faults-long"):
+        pytest.skip("takes some ten minutes: --faults-long")
+    rng, equal = random.Random(0), 0
+    for i in range(30):
+        processes, folder = 1 + i % 2, tmp_path / str(i)
+        folder.mkdir()
+        start = time.monotonic()
+        expected = straight(processes)
+        with Run(folder, processes) as killed:
+            killed.wait_for(lambda: (folder / "digits").exists())  # noqa: B023
+            moment = rng.uniform(0, 4)
+            time.sleep(moment)
+            killed.kill()
+        steps = [n for n, _ in saving.numbered(str(folder / "digits"))]
+        finish(folder, processes)
+        same = result_of(folder / "digits") == expected
+        equal += same
+        print(f"{i}: {processes} processes, killed {moment:.2f} s after the folder was there, checkpoints {steps}: "
+              f"{'bit-equal' if same else 'DIFFERENT'}, {time.monotonic() - start:.0f} s")
+    print(f"{equal} of 30 came out bit-equal")
+    assert equal == 30
+
+
+def test_one_of_two_is_killed(tmp_path):
+    """It ends all, with one line; the same command goes on. With restarts it goes on by itself."""
+    with Run(tmp_path) as broken:
+        broken.wait_for_checkpoint(12)
+        os.kill(broken.workers()[1], signal.SIGKILL)
+        status, errors = broken.end()
+    assert status == 137 and "process 1 was ended by SIGKILL" in errors and "Traceback" not in errors, errors
+    finish(tmp_path)
+    assert result_of(tmp_path / "digits") == straight()
+    with Run(tmp_path, run_name="again", restarts=2) as broken:
+        broken.wait_for_checkpoint(12)
+        os.kill(broken.workers()[1], signal.SIGKILL)
+        status, errors = broken.end()
+    assert status == 0 and "Traceback" not in errors, errors
+    assert "going on with" in broken.output.read_text()
+    assert result_of(tmp_path / "again") == straight()
+
+
+def test_the_launcher_is_killed(tmp_path):
+    """Its orphans stop by themselves with a checkpoint; the same command may be given at once, and waits for them."""
+    with Run(tmp_path) as orphans:
+        orphans.wait_for_checkpoint(12)
+        orphans.process.kill()
+        output, _ = finish(tmp_path)
+        assert "stopped by SIGHUP at step" in orphans.errors.read_text() or "going on with" in output
+    assert result_of(tmp_path / "digits") == straight()
+
+
+# ---- Moved to another number of processes
+
+
+def test_a_run_goes_on_with_other_processes(tmp_path):
+    """Without dropout, the same losses to rounding as one process alone; with dropout, which differs, close to them."""
+    changes = dict(run_name="moved", dropout=0.0, lr_schedule="constant")
+    for processes, steps in ((1, 16), (2, 60)):
+        finish(tmp_path, processes, num_training_steps=steps, **changes)
+    stayed, (_, moved) = straight(1, dropout=0.0, lr_schedule="constant")[1], result_of(tmp_path / "moved")
+    assert [line["learning_rate"] for line in moved] == [line["learning_rate"] for line in stayed]
+    assert [line["loss"] for line in moved] == pytest.approx([line["loss"] for line in stayed], rel=1e-4)
+
+    with Run(tmp_path) as killed:
+        killed.wait_for_checkpoint(12)
+        killed.kill()
+    finish(tmp_path, 1)
+    stayed, (_, moved) = straight()[1], result_of(tmp_path / "digits")
+    a, b = (torch.tensor([line["loss"] for line in lines]) for lines in (moved, stayed))
+    assert len(a) == len(b) and (a - b).abs().max() > 0 and (a - b).abs().mean() < 0.5 * b[4:].std()
+
+
+# ---- Stopped
+
+
+def stop_and_go_on(tmp_path, number, processes, target=None, again=False, checkpoint=12, **changes):
+    """Stops a run by the signal once it has this checkpoint, and finishes it: one line, status 75, a checkpoint, the same end."""
+    with Run(tmp_path, processes, **changes) as stopped:
+        stopped.wait_for_checkpoint(checkpoint)
+        for _ in range(1 + again):
+            os.kill(stopped.workers()[target] if target is not None else stopped.process.pid, number)
+        start = time.monotonic()
+        status, errors = stopped.end()
+    assert status == stopping.STATUS and errors.count("\n") == 1, (status, errors)
+    assert f"stopped by {stopping.name(number)} at step" in errors and "the same command goes on" in errors
+    step = saving.load(str(stopped.folder / "last.pt"))["step"]
+    assert f"at step {step}, with a checkpoint" in errors and step >= checkpoint and time.monotonic() - start < 20
+    finish(tmp_path, processes, sample_every=changes.get("sample_every", 0))
+    assert result_of(stopped.folder) == straight(processes)
+    return step
+
+
+@pytest.mark.parametrize("number, processes, target, again", [
+    (signal.SIGTERM, 2, None, True),
+    (signal.SIGUSR1, 2, None, False),
+    (signal.SIGTERM, 1, None, True),
+    (signal.SIGINT, 2, 1, False),  # to one of two workers: both stop
+])
+def test_a_signal_stops_a_run_with_a_checkpoint(tmp_path, number, processes, target, again):
+    stop_and_go_on(tmp_path, number, processes, target, again)
+
+
+def test_a_signal_breaks_off_sampling(tmp_path):
+    """The grids of step 30 would take minutes. The run that goes on draws them."""
+    step = stop_and_go_on(tmp_path, signal.SIGTERM, 2, checkpoint=30, sample_every=30, sampling_steps=100_000)
+    assert step == 30
+    assert len(os.listdir(tmp_path / "digits" / "samples")) == 8  # two steps, two weights, two samplers
+
+
+def test_ctrl_c_in_a_terminal(tmp_path):
+    """The terminal sends SIGINT to all processes of the foreground, the shell and wandb's among them."""
+    terminal, its_end = os.openpty()
+    config = tiny(tmp_path, **{**FAULTS, "num_training_steps": 100_000, "wandb": "offline"})
+    environment = {**os.environ, "PYTHON": sys.executable, "THREADS": "1", "GPUS": "2", "WANDB_MODE": "offline"}
+    process = subprocess.Popen(["sh", ROOT / "run.sh", *flags(config)], stdin=its_end, stdout=its_end, stderr=its_end, env=environment,
+                               start_new_session=True, preexec_fn=lambda: fcntl.ioctl(its_end, termios.TIOCSCTTY, 0))
+    os.close(its_end)
+    shown, deadline = b"", time.monotonic() + 90
+    os.set_blocking(terminal, False)
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError, OSError):
+            shown += os.read(terminal, 100_000)
+        if (tmp_path / "digits" / "last.pt").exists():
+            os.write(terminal, b"\x03")
+            break
+        time.sleep(0.05)
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError, OSError):
+            shown += os.read(terminal, 100_000)
+        time.sleep(0.05)
+    with contextlib.suppress(BlockingIOError, OSError):
+        shown += os.read(terminal, 100_000)
+    assert process.wait(1) == stopping.STATUS, shown.decode()
+    assert b"stopped by Ctrl-C at step" in shown and b"Traceback" not in shown, shown.decode()
+
+
+def test_a_signal_before_training_ends_at_once(tmp_path):
+    """There is nothing to save; here while it waits for the folder, which another run holds."""
+    with Run(tmp_path, 1, num_training_steps=100_000) as other:
+        other.wait_for_checkpoint(1)
+        with Run(tmp_path, 1, num_training_steps=100_000) as stopped:
+            stopped.wait_for(lambda: stopped.output.read_text().count("items of shape") == 2)  # both write into one file
+            stopped.process.terminate()
+            status, errors = stopped.end(20)
+        assert status == stopping.STATUS and errors == "stopped by SIGTERM; the same command goes on\n"
+
+
+# ---- Files
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "code"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, digits, capfd, damage):
+    """The newest is of step 60, the one before of step 54; the run goes back to that, and ends the same."""
+    folder = tmp_path / "digits"
+    make(tmp_path, digits, **FAULTS).train()
+    expected, content = result_of(folder), (folder / "last.pt").read_bytes()
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":  # a bit of a weight
+        matrix = next(x for x in saving.load(str(folder / "last.pt"))["net"].values() if x.ndim == 2)
+        place = content.find(matrix.numpy().tobytes())
+        assert place > 0
+        content = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    else:
+        content = b"cos\nsystem\n(S'touch %s'\ntR." % str(tmp_path / "exploded").encode()
+    (folder / "last.pt").write_bytes(content)  # and the file of step 60, which is the same
+    capfd.readouterr()
+    make(tmp_path, digits, **FAULTS).train()
+    output, errors = capfd.readouterr()
+    assert errors.count("\n") == 1 and "last.pt" in errors and "going back to" in errors and "step_0000054.pt" in errors, errors
+    assert "from step 54" in output and not (tmp_path / "exploded").exists()
+    assert result_of(folder) == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder with room for 3 MB, a file system of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(disk):
+    """A file that takes all the room of the disk."""
+    with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
+
+
+def test_a_full_disk(small_disk):
+    """A save that fails is said, and training goes on; older checkpoints stay; once there is room, it is done again."""
+    with Run(small_disk, 1) as full:
+        full.wait_for_checkpoint(12)
+        full.signal_workers(signal.SIGSTOP)
+        before = saving.numbered(str(full.folder))
+        fill(small_disk)
+        full.signal_workers(signal.SIGCONT)
+        full.wait_for(lambda: ".pt (No space left on device)" in full.errors.read_text())
+        full.signal_workers(signal.SIGSTOP)
+        assert saving.numbered(str(full.folder)) == before and all(saving.load(path) for _, path in before)
+        os.remove(small_disk / "filler")
+        full.signal_workers(signal.SIGCONT)
+        status, errors = full.end()
+    assert status == 0 and "make room" in errors and "Traceback" not in errors, errors
+    assert result_of(full.folder) == straight(1)
+
+
+def test_a_disk_that_stays_full(small_disk):
+    """The run ends with one more line; its last checkpoint is whole, and with room the same command goes on from it."""
+    with Run(small_disk, 1) as full:
+        full.wait_for_checkpoint(12)
+        full.signal_workers(signal.SIGSTOP)
+        fill(small_disk)
+        full.signal_workers(signal.SIGCONT)
+        status, errors = full.end()
+    assert status == 2 and "Traceback" not in errors, errors
+    assert errors.splitlines()[-1].startswith("error: the checkpoint of step 60 cannot be written; make room"), errors
+    os.remove(small_disk / "filler")
+    output, _ = finish(small_disk, 1)
+    assert "going on with" in output and result_of(full.folder) == straight(1)
+
+
+def test_a_full_disk_without_root(tmp_path, digits, capsys, monkeypatch):
+    """A limit of the size of files stands in for a full disk: each attempt is told, and the last leaves nothing half-written."""
+    monkeypatch.setattr("trainer.RETRY_SECONDS", (0.1, 0.1))
+    trainer = make(tmp_path, digits, num_training_steps=6, save_every=2)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, old[1][1]))
+    try:
+        with pytest.raises(UserError, match="the checkpoint of step 6 cannot be written; make room"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old[1])
+        signal.signal(signal.SIGXFSZ, old[0])
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 8 and all(line.startswith("warning: cannot write") and "make room" in line for line in warnings), warnings
+    assert not [f for f in os.listdir(tmp_path / "digits") if f.endswith(".pt") or ".tmp" in f]
+
+
+# ---- Two at once, and one that hangs
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    with Run(tmp_path, 1, num_training_steps=100_000) as first:
+        first.wait_for_checkpoint(6)
+        status, errors = Run(tmp_path, 1, num_training_steps=100_000).end()
+        assert status == 2 and errors.count("\n") == 1, errors
+        assert f"error: {first.folder} is in use by process {first.workers()[0]} on" in errors, errors
+        step = max(n for n, _ in saving.numbered(str(first.folder)))
+        first.wait_for_checkpoint(step + 6)
+
+
+def test_a_process_that_hangs_is_ended_by_the_time_out(tmp_path):
+    """The other one ends by itself. (torchrun then kills the one that hangs, 30 s later: too long to be waited for here.)"""
+    config = tiny(tmp_path, **{**FAULTS, "num_training_steps": 100_000, "timeout": 0.1})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(subprocess.Popen(
+            [sys.executable, ROOT / "main.py", *flags(config)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})) for rank in range(2)]
+        deadline = time.monotonic() + 90
+        while not (tmp_path / "digits" / "last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        _, errors = processes[0].communicate(timeout=60)
+        processes[1].kill()
+    assert processes[0].returncode == 1 and 5 < time.monotonic() - start < 30, errors
+    assert errors.count("\n") == 1 and "error: lost touch with the other processes" in errors
+    assert "silent for 0.1 minutes (--timeout)" in errors, errors
+
+
+def test_long_sampling_does_not_trip_the_time_out(tmp_path):
+    """The one sample is drawn by the second process; the first waits for it several times as long as the time-out is."""
+    changes = dict(num_samples=1, sampling_steps=4000, sde_sampler=None, timeout=0.05, num_training_steps=30)
+    with Run(tmp_path, **changes) as slow:
+        slow.wait_for_checkpoint(30)  # written before the samples are drawn
+        start = time.monotonic()
+        status, errors = slow.end()
+    assert status == 0 and not errors and time.monotonic() - start > 2 * 3, (status, errors, time.monotonic() - start)
+
+
+# ---- Work of rank 0
+
+
+RANK_0 = """
+import sys, time; sys.path.insert(0, sys.argv[1])
+import main, utils
+def script(arguments):
+    with main.set_up("cpu"):
+        def work():
+            time.sleep(1)
+            raise {error}
+        utils.on_rank0(work)
+main.start(script)
+"""
+
+
+@pytest.mark.parametrize("error, status, words", [
+    ("utils.UserError('no such data')", 2, "error: no such data"),
+    ("OSError(28, 'No space left on device')", 2, "No space left on device"),
+    ("KeyError('a bug')", 1, "KeyError: 'a bug'"),
+])
+def test_what_fails_on_rank_0_ends_all_at_once(tmp_path, error, status, words):
+    script = tmp_path / "script.py"
+    script.write_text(RANK_0.format(error=error))
+    start = time.monotonic()
+    result = run(*launch(2), script, ROOT)
+    assert result.returncode == status and words in result.stderr and time.monotonic() - start < 25, result.stderr
+    assert "process 1" not in result.stderr and result.stderr.count("Traceback") == (status == 1)
+
+
+def test_a_download_that_fails_ends_all_at_once(tmp_path):
+    proxy = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    result = run("sh", ROOT / "run.sh", "--data_dir", tmp_path, "--ckpt_dir", tmp_path, "--wandb", "disabled", GPUS="2", **proxy)
+    assert_one_line_error(result, "CIFAR10 is not in", "cannot be downloaded", "'digits'")
+
+
+# ---- Losses and gradients that are not finite
+
+
+def spoil(trainer, steps, how):
+    """Makes the loss of these steps infinite, or their gradient alone."""
+    loss, prepare_batch, at = trainer.loss, trainer.prepare_batch, []
+    trainer.prepare_batch = lambda step: at.append(step) or prepare_batch(step)
+
+    def spoilt(batch):
+        losses = loss(batch)
+        if at[-1] not in steps:
+            return losses
+        if how == "loss":
+            return losses + torch.tensor([torch.inf] + [0.0] * (len(losses) - 1))  # whose gradient would be finite
+        zero = next(trainer.net.parameters()).sum() * 0
+        return losses + torch.sqrt(zero * zero)  # 0, with the gradient 0 / 0
+
+    trainer.loss = spoilt
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_not_finite_is_skipped(tmp_path, digits, capsys, how, fused):
+    """Weights and moments stay as they were before it, bit for bit, the metrics leave it out, and it is told and kept for inspection."""
+    settings = dict(num_training_steps=6, base_lr=1e-3, log_every=3, time_sampler="stratified", sample_every=0)
+    trainer = make(tmp_path, digits, **settings)
+    t = trainer.prepare_batch(3).t
+    if not fused:
+        trainer.optimizer = torch.optim.SGD(trainer.net.parameters(), momentum=0.9)
+    states, ema_update = [], trainer.ema.update
+
+    def update(net):
+        states.append(saving.digest([net.state_dict(), trainer.optimizer.state_dict()["state"]]))
+        ema_update(net)
+
+    trainer.ema.update = update
+    spoil(trainer, {3}, how)
+    trainer.train()
+    assert states[3] == states[2] and len(set(states)) == 5
+    assert all(x.isfinite().all() for net in (trainer.net, trainer.ema.net) for x in net.state_dict().values())
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "warning: step 3 has a loss or gradient that is not finite, and is skipped: learning_rate 0.0008536" in error
+    (file,) = os.listdir(tmp_path / "digits" / "skipped")
+    kept = json.load(open(tmp_path / "digits" / "skipped" / file))
+    assert kept["step"] == 3 and kept["indices"] == trainer.batches.indices(3).tolist()
+    assert kept["t_min"] == pytest.approx(t.min().item()) and kept["t_max"] == pytest.approx(t.max().item())
+    lines = [json.loads(line) for line in open(tmp_path / "digits" / "metrics.jsonl")]
+    assert [line["step"] for line in lines] == [3, 6] and all(0 < line["loss"] < 10 and 0 < line["grad_norm"] < 100 for line in lines)
+
+
+def test_many_in_a_row_end_the_run(tmp_path, digits, capsys):
+    """Steps 5 to 7 are not finite: the run stops after the third, its checkpoint good; a run stopped between them counts on."""
+    settings = dict(num_training_steps=20, log_every=1, save_every=2, max_skipped_steps=3, sample_every=0)
+    trainer = make(tmp_path, digits, **settings)
+    spoil(trainer, {1, 2, 5, 6, 7}, "loss")
+    with pytest.raises(UserError, match="3 steps in a row .* up to step 7: .*digits/skipped holds their batches, and the last checkpoint"):
+        trainer.train()
+    state = saving.load(str(tmp_path / "digits" / "last.pt"))
+    assert state["step"] == 6 and state["skipped"] == 1
+    assert all(x.isfinite().all() for part in (state["net"], state["ema"]["net"]) for x in part.values())
+    again = make(tmp_path, digits, **settings)
+    spoil(again, {6, 7}, "loss")
+    with pytest.raises(UserError, match="3 steps in a row"):
+        again.train()
+    assert "step 1 has" in capsys.readouterr().err
+    lines = [json.loads(line) for line in open(tmp_path / "digits" / "metrics.jsonl")]
+    assert [line["step"] for line in lines] == list(range(1, 8)) and "loss" not in lines[5] and "loss" in lines[4]
+
+
+SPOILT = f"""
+import sys; sys.path.insert(0, sys.argv[1])
+import torch, main, utils
+from data_utils import load_dataset
+from trainer import DiffusionTrainer
+{inspect.getsource(spoil)}
+def script(arguments):
+    config = main.read_config(arguments[1:])
+    with main.set_up("cpu"):
+        trainer = DiffusionTrainer(config, load_dataset("digits"), torch.device("cpu"))
+        if utils.rank() == 1:
+            spoil(trainer, {3, 8}, "loss")
+        trainer.train()
+main.start(script)
+"""
+
+
+def test_all_processes_skip_a_step_that_one_finds_bad(tmp_path):
+    """Only the second process meets an infinite loss; the weights of both stay together, or their losses would part."""
+    script = tmp_path / "script.py"
+    script.write_text(SPOILT)
+    config = tiny(tmp_path, num_training_steps=12, save_every=4)
+    result = run(*launch(2), script, ROOT, *flags(config))
+    assert result.returncode == 0 and result.stderr.count("is skipped") == 2, result.stderr
+    assert sorted(os.listdir(tmp_path / "digits" / "skipped")) == ["step_0000003.json", "step_0000008.json"]
+    state = saving.load(str(tmp_path / "digits" / "last.pt"))
+    assert all(x.isfinite().all() for part in (state["net"], state["ema"]["net"]) for x in part.values())
+    assert all(s["step"] == 10 for s in state["optimizer"]["state"].values())  # of 12
+
+
+# ---- Watching that fails
+
+
+def test_a_grid_that_cannot_be_drawn_does_not_end_the_run(tmp_path, digits, capsys, monkeypatch):
+    def draw(*arguments, sampler, **settings):
+        if sampler == "dopri5":
+            raise UserError("sampler dopri5 found no step")
+        return sampling.draw(*arguments, sampler=sampler, **settings)
+
+    monkeypatch.setattr("trainer.draw", draw)
+    make(tmp_path, digits, sampler="dopri5").train()
+    assert capsys.readouterr().err.count("warning: no grid of") == 2
+    assert len(os.listdir(tmp_path / "digits" / "samples")) == 2 and (tmp_path / "digits" / "last.pt").exists()
