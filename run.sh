@@ -1,6 +1,16 @@
 #!/bin/sh
 # Trains: sh run.sh [PRESET] [--setting value ...]     CIFAR-10 without a preset; `sh run.sh --help` lists presets and settings.
 # On several nodes, call it on each, in one folder that all share, with the same NODES and HEAD: NODES=2 HEAD=node1:29500 sh run.sh
+# With Slurm: sbatch --nodes=2 --gpus-per-node=4 run.sh [PRESET] ...; the run's name ends with the job's id, unless --run_name is given.
+# Before the job's time is over it writes a checkpoint, puts itself into the queue again, and goes on there. What a job asks for:
+#SBATCH --job-name=diffusion
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
 set -eu
 
 # ---- Options, each also taken from the environment: GPUS=2 sh run.sh digits
@@ -8,12 +18,43 @@ GPUS=${GPUS:-}          # processes on this node, one a GPU; default: all visibl
 NODES=${NODES:-1}       # number of nodes
 HEAD=${HEAD:-}          # NAME:PORT of the first node, where all meet; needed for more than one node
 THREADS=${THREADS:-}    # CPU threads of a process; default: the cores shared among the processes
+RESTARTS=${RESTARTS:-0} # how often all processes are started again after one has died
 PYTHON=${PYTHON:-}      # the interpreter; default: python, or python3
 
 fail() {
     echo "error: $1" >&2
     exit 2
 }
+
+# ---- A Slurm job: this file once on each of its nodes, by srun; Slurm runs a copy of it, which lies elsewhere
+if [ "${0##*/}" = slurm_script ]; then
+    SELF=$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s/\/run\.sh.*/\/run.sh/p;}')
+    [ -f "$SELF" ] || SELF=$SLURM_SUBMIT_DIR/run.sh
+    PRESET=cifar10
+    case ${1:-} in -* | "") ;; *) PRESET=$1 ;; esac
+    case " $* " in *" --run_name"[\ =]* | *" --run-name"[\ =]*) ;; *) set -- "$@" --run_name "${PRESET}_$SLURM_JOB_ID" ;; esac
+    export NODES="$SLURM_JOB_NUM_NODES"
+    [ "$NODES" = 1 ] || HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))
+    export HEAD
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}"  # seconds for the last checkpoint, of the 180 above
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not ask sbatch for it
+    echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}"
+    # What ends one node's processes ends those of the others.
+    srun --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 sh "$SELF" "$@" &
+    SRUN=$! WARNED=
+    trap 'WARNED=yes; kill -USR1 $SRUN' USR1   # the end of the job's time is near
+    trap : TERM                                # which the processes get as well: wait for their checkpoint
+    STATUS=0
+    while kill -0 $SRUN 2>/dev/null; do
+        STATUS=0
+        wait $SRUN || STATUS=$?                # a signal ends the wait, not srun
+    done
+    if [ -n "$WARNED" ] && [ "$STATUS" -ge 75 ]; then  # stopped in good order, 75, or killed since it did not stop; an error is 1 or 2
+        echo "job $SLURM_JOB_ID is put into the queue again"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit "$STATUS"
+fi
 
 FOLDER=$(dirname "$0")
 if [ -z "$PYTHON" ]; then
@@ -29,13 +70,16 @@ if [ -z "$GPUS" ]; then
     fi
     [ "$GPUS" -gt 0 ] || GPUS=1
 fi
+case $RESTARTS in
+    "" | *[!0-9]*) fail "RESTARTS is '$RESTARTS': expected a whole number, 0 or more" ;;
+esac
 for OPTION in "GPUS=$GPUS" "NODES=$NODES" "THREADS=${THREADS:-1}"; do
     case ${OPTION#*=} in
         0* | *[!0-9]*) fail "${OPTION%%=*} is '${OPTION#*=}': expected a whole number, 1 or more" ;;
     esac
 done
 if [ -z "$THREADS" ]; then
-    CORES=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+    CORES=${SLURM_CPUS_ON_NODE:-$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)}
     THREADS=$((CORES / GPUS))
     [ "$THREADS" -gt 0 ] || THREADS=1
 fi
@@ -50,5 +94,5 @@ fi
 export OMP_NUM_THREADS="$THREADS"
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-5000}"  # a thread that waits sleeps soon: as fast alone, and several times faster on a busy CPU
 # One node takes any free port, so that several runs share a machine.
-exec "$PYTHON" "$FOLDER/launch.py" --nnodes="$NODES" --nproc-per-node="$GPUS" \
+exec "$PYTHON" "$FOLDER/launch.py" --nnodes="$NODES" --nproc-per-node="$GPUS" --max-restarts="$RESTARTS" \
     --rdzv-backend=c10d --rdzv-endpoint="${HEAD:-localhost:0}" "$FOLDER/main.py" "$@"
