@@ -35,6 +35,7 @@ from sampling import SDE_SAMPLERS, Field, draw, make_grid
 from time_samplers import TIME_SAMPLERS, Uniform
 from unet import UNet
 from utils import (
+    Heartbeat,
     Progress,
     RowNoise,
     UserError,
@@ -512,6 +513,7 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
             if number := stopping.asked():  # in training, which holds the signals
                 raise UserError(f"broken off by {stopping.name(number)}")
             progress.update()
+            heart.beat()
             if spec.is_image and config.channels_last:
                 xt = xt.contiguous(memory_format=torch.channels_last)
             with autocast(config, device):
@@ -519,7 +521,7 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
 
         return network
 
-    mine = share(len(rows))
+    mine, heart = share(len(rows)), Heartbeat(config.timeout)
     settings = {**vars(config), "process": process, "sampler": sampler, "device": device, "batch_size": config.sampling_batch_size}
     batches = draw(counted(net), rows=rows[mine.start : mine.stop], shape=spec.shape, labels=labels,
                    guide=guide and counted(guide), **settings)
@@ -533,6 +535,7 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
         if not together:
             raise
         decoded, wrong = decoded[:1], error
+    heart.wait()
     samples = gather_rows(torch.cat(decoded))
     if len(samples) < len(rows):
         raise wrong or UserError("another process could not draw its samples")

@@ -7,6 +7,8 @@ Randomness. `make_seed` mixes any numbers and words into one seed, and `RowNoise
 import contextlib
 import errno
 import inspect
+import itertools
+import math
 import os
 import sys
 import time
@@ -63,6 +65,42 @@ class Patient:
 
     group = None  # None: the default group, with the time-out of a training step
     HOURS = 12
+
+
+class Heartbeat:
+    """Lets processes wait for each other as long as all of them get on, however long that takes.
+
+    Each calls `beat` now and then in its work, and `wait` at its end; all make as many of these objects, in the same order.
+    """
+
+    made = itertools.count()
+
+    def __init__(self, minutes: float):
+        self.minutes, self.told, self.name = minutes, -math.inf, f"heartbeat {next(self.made)}"
+        self.store = dist.distributed_c10d._get_default_store() if world_size() > 1 else None
+
+    def count(self, of: int, more: int = 0) -> int:
+        """The beats of process `of`, after `more` are added."""
+        return self.store.add(f"{self.name} of {of}", more)
+
+    def beat(self) -> None:
+        if self.store is not None and time.monotonic() - self.told > 1:
+            self.count(rank(), 1)
+            self.told = time.monotonic()
+
+    def wait(self) -> None:
+        """Until the next process, in a ring, has done its work. Raises RuntimeError if it did not beat for `minutes`."""
+        if self.store is None:
+            return
+        done, following = 10**9, (rank() + 1) % world_size()
+        self.count(rank(), done)
+        last, since = -1, time.monotonic()
+        while (beats := self.count(following)) < done:
+            if beats != last:
+                last, since = beats, time.monotonic()
+            if time.monotonic() - since > 60 * self.minutes:
+                raise RuntimeError(f"Timed out waiting for process {following}")
+            time.sleep(0.02)
 
 
 def gather_rows(mine: torch.Tensor) -> torch.Tensor:
