@@ -161,7 +161,7 @@ def test_killed_at_random_moments(request, tmp_path):
         finish(folder, processes)
         same = result_of(killed.folder) == straight(processes)
         equal += same
-        print(f"{i}: {processes} processes, killed {moment:.2f} s of {length[processes]:.2f} s after its first file, with checkpoints {steps}: "
+        print(f"{i}: {processes} processes, killed {moment:.2f} s of {length[processes]:.2f} s after its first file, checkpoints {steps}: "
               f"{'bit-equal' if same else 'DIFFERENT'}")
     print(f"{equal} of 30 came out bit-equal")
     assert equal == 30
