@@ -18,9 +18,11 @@ os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # or restarted
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a node that leaves first is told of in 20 lines, and names without DNS in more
 
 try:
+    import torch.distributed
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main
 except ModuleNotFoundError as error:
     print(f"error: {error}: pip install -r requirements.txt", file=sys.stderr)
@@ -48,6 +50,10 @@ def launch(told) -> int:
         name = signal.Signals(-failure.exitcode).name
         print(f"error: process {rank} was ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}", file=sys.stderr)
         return 128 - failure.exitcode  # as a shell tells it
+    except (RendezvousError, torch.distributed.DistError) as error:
+        print(f"error: the nodes did not meet ({type(error).__name__}): expected the same NODES and HEAD on all, HEAD the name of the "
+              "first as the others know it, with a free port; look at /etc/hosts and firewalls", file=sys.stderr)
+        return 1
     answer = told.read()
     if status and not answer:
         print(f"error: ended by {signal.Signals(status - 128).name}; the same command goes on from the last checkpoint", file=sys.stderr)
