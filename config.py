@@ -166,7 +166,7 @@ CHOICES = {
     "target_type": ("prediction.py", "PREDICTIONS"),
     "loss_weighting": ("prediction.py", "LOSS_WEIGHTINGS"),
     "time_sampler": ("time_samplers.py", "TIME_SAMPLERS"),
-    "network": ("trainer.py", "NETWORKS"),
+    "network": ("build.py", "NETWORKS"),
     "lr_schedule": ("optimizers.py", "SCHEDULES"),
     "sampler": ("sampling.py", "SAMPLERS"),
     "sde_sampler": ("sampling.py", "SDE_SAMPLERS", type(None)),
@@ -218,7 +218,7 @@ def problems(c: Config, world_size: int) -> list[str]:
     """Settings out of range, or that contradict each other, one line each with the way out; an empty list if all is well.
 
     `world_size` is the number of processes. What depends on the data or on a formula is checked where it is known
-    (data_utils.load_dataset, trainer.check_settings), also before any data is read.
+    (data_utils.load_dataset, build.check_settings), also before any data is read.
     """
     found = out_of_range(vars(c))
     if found:

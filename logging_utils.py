@@ -53,9 +53,11 @@ class Logger:
         self.to_wandb({"step": step, **values})
         shown = {k: f"{values[k]:.4g}" for k in CURVES if k in values}
         self.bar.set_postfix({"loss": shown.get("loss"), "images/s": shown["images_per_second"]}, refresh=False)
-        if self.bar.disable:
-            print(f"step {step}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
-        self.write_lines()
+        try:
+            self.write_lines()
+        finally:
+            if self.bar.disable:
+                print(f"step {step}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
     def write_lines(self, sync: bool = False) -> None:
         """Writes what is still to be written to metrics.jsonl, whole lines only, and with `sync` makes sure that it is on the disk.

@@ -204,7 +204,7 @@ def set_up(wanted: str, tf32: bool = True, timeout: float = 10.0):
 
 
 def ending(error: BaseException, timeout: float):
-    """The call that ends the program in one line after `error`, or None if it is no mistake of the user's, but a bug."""
+    """The call that ends the program after `error`, in one line or none; or None if it is no mistake of the user's, but a bug."""
     import torch
     import torch.distributed as dist
 
@@ -214,6 +214,8 @@ def ending(error: BaseException, timeout: float):
         return functools.partial(stopped, error)
     if isinstance(error, UserError):
         return functools.partial(fail, str(error))
+    if isinstance(error, BrokenPipeError):
+        return functools.partial(sys.exit, 1)
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return functools.partial(fail, f"out of memory ({first_line(error)}): raise --accumulation_steps, or lower --batch_size or "
                                        "--model_channels")
@@ -250,8 +252,9 @@ def leave(end, device) -> None:
 def main(arguments: list[str]) -> None:
     config = read_config(arguments)
     with set_up(config.device, config.tf32, config.timeout) as device:
+        from build import check_settings
         from data_utils import check_labels, load_dataset
-        from trainer import DiffusionTrainer, check_settings
+        from trainer import DiffusionTrainer
         from utils import print0, rank0_first, world_size
 
         print0(f"{config.run_name} on {world_size()} x {device.type}\n{in_short(config)}")

@@ -39,7 +39,7 @@ def convert(y: Tensor, xt: Tensor, c: Coefs, kind: str, to: str) -> Tensor:
     """A prediction `y` of one kind at `xt`, both (B, ...), as the kind `to`. The same kind returns `y` itself.
 
     Raises UserError for an unknown kind. Where `kind` says nothing about `to` (D = 0, such as x0 at sigma = 0), the result is
-    not finite: `trainer.check_settings` finds such settings.
+    not finite: `build.check_settings` finds such settings.
     """
     if kind == to:
         return y

@@ -79,7 +79,7 @@ def load_run(path: str):
 def load_net(path: str, state: dict, config: Config, spec, device, weights: str = "ema"):
     """The process and the network of the checkpoint `state`, read from `path`. Raises UserError if the settings do not fit."""
     import saving
-    from trainer import build, check_settings
+    from build import build, check_settings
     from utils import UserError
 
     try:
@@ -116,8 +116,8 @@ def main(arguments: list[str]) -> None:
     with set_up(options.device) as device:
         import numpy as np
 
+        from build import draw_all
         from logging_utils import image_grid, scatter_plot
-        from trainer import draw_all
         from utils import UserError, on_rank0, print0, write_atomically
 
         state, config, spec = load_run(options.ckpt)

@@ -8,7 +8,7 @@ import re
 import pytest
 from conftest import ROOT
 
-import trainer
+import build
 from config import CHOICES, MAY_CHANGE, PRESETS, Config, problems
 from prediction import LOSS_WEIGHTINGS, loss_weight
 from processes import PROCESSES, make_process
@@ -22,13 +22,13 @@ NAMES = [field.name for field in dataclasses.fields(Config)]
 def read_settings():
     """Settings that the code reads: attributes of a config, and arguments of what is called with all settings."""
     read = set()
-    for file in ("main.py", "trainer.py"):
+    for file in ("main.py", "build.py", "trainer.py"):
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, (ast.Name, ast.Attribute)):
                 owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
                 if owner in ("config", "c"):
                     read.add(node.attr)
-    tables = (PROCESSES, TIME_SAMPLERS, trainer.NETWORKS, LOSS_WEIGHTINGS, GRIDS, SAMPLERS)
+    tables = (PROCESSES, TIME_SAMPLERS, build.NETWORKS, LOSS_WEIGHTINGS, GRIDS, SAMPLERS)
     for called in (make_process, loss_weight, make_grid, draw, Field, *(entry for table in tables for entry in table.values())):
         read |= set(inspect.signature(called).parameters)
     return read

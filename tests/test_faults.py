@@ -636,7 +636,7 @@ def test_a_grid_that_cannot_be_drawn_does_not_end_the_run(tmp_path, digits, caps
             raise UserError("sampler dopri5 found no step")
         return sampling.draw(*arguments, sampler=sampler, **settings)
 
-    monkeypatch.setattr("trainer.draw", draw)
+    monkeypatch.setattr("build.draw", draw)
     make(tmp_path, digits, sampler="dopri5").train()
     assert capsys.readouterr().err.count("warning: no grid of") == 2
     assert len(os.listdir(tmp_path / "digits" / "samples")) == 2 and (tmp_path / "digits" / "last.pt").exists()

@@ -114,7 +114,7 @@ def test_damaged_ones_are_passed_over_in_one_line(tmp_path, capsys):
         assert error.count("\n") == 1 and "last.pt cannot be read" in error and f"going back to {path}, of step {kept}" in error
     assert saving.settings_of(folder) == STATE["config"]
     save(tmp_path, 2, keep=1)  # the run goes on, and writes over them
-    assert saving.load_newest(folder)[0]["step"] == 2
+    assert saving.load_newest(folder)[0]["step"] == 2 and [n for n, _ in saving.numbered(folder)] == [3, 2]
     for path in saving.checkpoints(folder):
         open(path, "w").close()
     with pytest.raises(UserError, match="no checkpoint that can be read: .*last.pt cannot be read.*--run_name, or remove"):

@@ -10,12 +10,13 @@ import torch
 from conftest import make, tiny
 
 import saving
+from build import check_settings
 from config import PRESETS, Config
 from data_utils import load_dataset, make_dataset
 from prediction import LOSS_WEIGHTINGS, PREDICTIONS, convert, loss_weight, target
 from processes import PROCESSES
 from time_samplers import TIME_SAMPLERS
-from trainer import DiffusionTrainer, check_settings
+from trainer import DiffusionTrainer
 from utils import UserError
 
 CPU = torch.device("cpu")

@@ -1,0 +1,133 @@
+"""From the settings to the parts: checks, process, time sampler, network; and samples of a network, drawn by all processes.
+
+Training and sampling share what is here. To add an architecture, write a file such as mlp.py with a class that is called as
+net(xt, t, label), and give it a row in NETWORKS.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+import stopping
+from config import Config
+from couplings import COUPLINGS
+from data_utils import DataSpec
+from mlp import MLP
+from prediction import Preconditioned, convert, loss_weight, target
+from processes import Process, make_process
+from sampling import SDE_SAMPLERS, Field, draw, make_grid
+from time_samplers import TIME_SAMPLERS, Uniform
+from unet import UNet
+from utils import Heartbeat, Progress, UserError, choose, gather_rows, make_seed, share
+
+NETWORKS = {"unet": UNet, "mlp": MLP}
+
+
+def check_settings(config: Config) -> None:
+    """Raises UserError if what training or sampling computes from a network's output is not finite at T_min or T_max, or not there.
+
+    Needs neither data nor network.
+    """
+    settings = vars(config)
+    process = make_process(**settings)
+    time_sampler = make_time_sampler(config, process)
+    for name, chosen, fix in (("sampler", config.sampler, "heun"), ("sde_sampler", config.sde_sampler, "None")):
+        if COUPLINGS[config.coupling] and chosen in SDE_SAMPLERS:
+            raise UserError(f"{name} {chosen} needs the score, which coupling {config.coupling} does not give, since its noise is not "
+                            f"independent of the data: use --{name} {fix}")
+    one, model_type, target_type = torch.ones(1, 1), config.model_type, config.target_type
+    field = Field(lambda x, t, label: one, process, model_type)
+    for name, end, fix in (("T_min", config.T_min, "--T_min 1e-4"), ("T_max", config.T_max, "--T_max 0.9999")):
+        t = torch.tensor([end])
+        c = process.coefs(t, ndim=2)
+        values = {
+            f"the target {target_type}": target(target_type, c, one, one),
+            f"{target_type} from a network that predicts {model_type}": convert(one, 2 * one, c, model_type, target_type),
+            f"the loss weighting {config.loss_weighting}": loss_weight(c=c, **settings),
+            f"the velocity from a network that predicts {model_type}": field.velocity(2 * one, end),
+        }
+        if config.precondition:
+            values["log(sigma / alpha), which precondition shows the network,"] = c.log_snr
+        if config.importance_weights:  # infinite at an end that is never drawn, as for logit_normal, is right
+            values[f"the importance weight of {config.time_sampler}"] = time_sampler.importance(t).nan_to_num(math.nan, posinf=0.0)
+        if name == "T_max":  # no sampler wants the score at T_min: the last step is the ODE's
+            values[f"the score from a network that predicts {model_type}"] = field(2 * one, end, "score")
+        for what, value in values.items():
+            if not value.isfinite().all():
+                raise UserError(f"{name} {end}: {what} is not finite there; use {fix}")
+    make_grid(**{**settings, "n": config.sampling_steps, "process": process})
+
+
+def make_time_sampler(config: Config, process: Process) -> Uniform:
+    """The time sampler of the settings. Raises UserError if they make none."""
+    return choose(TIME_SAMPLERS, config.time_sampler, **{**vars(config), "process": process})
+
+
+def build(config: Config, spec: DataSpec, device: torch.device) -> tuple[Process, nn.Module]:
+    """The process and the network, with weights from the seed, on `device`. Raises UserError if the settings do not fit the data."""
+    settings = dataclasses.asdict(config)
+    num_classes = spec.num_classes if config.class_conditional else 0
+    if config.class_conditional and not num_classes:
+        raise UserError(f"class_conditional is set, but {config.dataset} has no labels: use --class_conditional False")
+    torch.manual_seed(make_seed(config.seed, "weights"))
+    try:
+        net = choose(NETWORKS, config.network, **settings, data_shape=spec.shape, num_classes=num_classes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    process = make_process(**settings)
+    if config.precondition:
+        net = Preconditioned(net, process)
+    net = net.to(device)
+    if spec.is_image and config.channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    return process, net
+
+
+def autocast(config: Config, device: torch.device):
+    """The context in which the network runs: bfloat16 or float32."""
+    bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device: torch.device, *, rows: range, labels: Tensor | None,
+             sampler: str, guide: nn.Module | None = None, together: bool = False) -> Tensor:
+    """Samples `rows`, shared among all processes, decoded, on the CPU of every process: uint8 images or float vectors (N, ...).
+
+    `labels` (N,) are those of all samples from 0 on. The settings of sampling are those of `config`. `guide` is a network for autoguidance.
+    If one process fails, it raises UserError at once, or, with `together`, all do when all are done.
+    """
+
+    def counted(net):
+        def network(xt, t, label):
+            if number := stopping.asked():  # in training, which holds the signals
+                raise UserError(f"broken off by {stopping.name(number)}")
+            progress.update()
+            heart.beat()
+            if spec.is_image and config.channels_last:
+                xt = xt.contiguous(memory_format=torch.channels_last)
+            with autocast(config, device):
+                return net(xt, t, label)
+
+        return network
+
+    mine, heart = share(len(rows)), Heartbeat(config.timeout)
+    settings = {**vars(config), "process": process, "sampler": sampler, "device": device, "batch_size": config.sampling_batch_size}
+    batches = draw(counted(net), rows=rows[mine.start : mine.stop], shape=spec.shape, labels=labels,
+                   guide=guide and counted(guide), **settings)
+    decoded, wrong = [torch.empty(0, *spec.shape, dtype=torch.uint8 if spec.is_image else torch.float32)], None
+    try:
+        with Progress(f"{sampler}: 0 of {len(mine)} samples", unit="network call") as progress:
+            for batch in batches:
+                decoded.append(spec.decode(batch).cpu())
+                progress.update(0, f"{sampler}: {sum(map(len, decoded))} of {len(mine)} samples")
+    except UserError as error:
+        if not together:
+            raise
+        decoded, wrong = decoded[:1], error
+    heart.wait()
+    samples = gather_rows(torch.cat(decoded))
+    if len(samples) < len(rows):
+        raise wrong or UserError("another process could not draw its samples")
+    return samples
