@@ -225,9 +225,9 @@ def problems(c: Config, world_size: int) -> list[str]:
         return found
 
     parts = world_size * c.accumulation_steps
-    if c.batch_size % parts:
-        found.append(f"batch_size {c.batch_size} is not divisible by {parts}: processes ({world_size}) x accumulation_steps "
-                     f"({c.accumulation_steps}); use --batch_size {-(-c.batch_size // parts) * parts}, or other accumulation_steps")
+    if c.batch_size < parts:
+        found.append(f"batch_size {c.batch_size} is less than {parts}: processes ({world_size}) x accumulation_steps "
+                     f"({c.accumulation_steps}); use --batch_size {parts} or more, or fewer of these")
     if c.warmup_steps > c.num_training_steps:
         found.append(f"warmup_steps {c.warmup_steps} is longer than the training of {c.num_training_steps} steps: "
                      f"use --warmup_steps {c.num_training_steps // 10}, or more --num_training_steps")

@@ -62,8 +62,8 @@ class Batch(NamedTuple):
         return Batch(*(None if x is None else x[mine] for x in self))
 
     def split(self, parts: int) -> list["Batch"]:
-        """The batch in equal parts along its rows."""
-        chunks = [[None] * parts if x is None else x.chunk(parts) for x in self]
+        """The batch in parts along its rows, alike in length to one row."""
+        chunks = [[None] * parts if x is None else x.tensor_split(parts) for x in self]
         return [Batch(*part) for part in zip(*chunks)]
 
 
@@ -185,7 +185,7 @@ class DiffusionTrainer:
             for i, part in enumerate(parts):
                 with self.ddp.no_sync() if world_size() > 1 and i < len(parts) - 1 else contextlib.nullcontext():
                     losses = self.loss(part)
-                    loss = (part.weight * losses).mean() / len(parts)
+                    loss = (part.weight * losses).sum() * world_size() / config.batch_size  # of which DDP takes the mean over processes
                     loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))  # so that all processes learn of one that is not
                 self.track(sums, losses.detach(), part)
 

@@ -61,7 +61,7 @@ def test_sample_offers_every_setting_of_sampling_and_all_may_change():
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(batch_size=10, accumulation_steps=4), "--batch_size 12"),
+    (dict(batch_size=3, accumulation_steps=4), "--batch_size 4 or more"),
     (dict(warmup_steps=11, num_training_steps=10), "--warmup_steps 1"),
     (dict(T_min=0.5, T_max=0.5), "T_min < T_max"),
     (dict(T_max=1.5), "T_min < T_max"),
@@ -94,6 +94,6 @@ def test_contradictions_are_found(changes, words):
     assert len(found) >= 1 and words in found[0] and "\n" not in found[0]
 
 
-def test_processes_divide_the_batch():
-    assert problems(Config(batch_size=128), 8) == []
-    assert "processes (3)" in problems(Config(batch_size=128), 3)[0]
+def test_every_process_has_a_row_for_each_part_of_the_batch():
+    assert problems(Config(batch_size=128), 3) == problems(Config(batch_size=12, accumulation_steps=4), 3) == []
+    assert "processes (3)" in problems(Config(batch_size=11, accumulation_steps=4), 3)[0]
