@@ -15,6 +15,7 @@ import functools
 import io
 import os
 import re
+import signal
 import sys
 import textwrap
 import time
@@ -30,7 +31,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 def fail(message: str, status: int = 2):
     """Ends the program with one line on stderr and this exit status. What all processes meet, rank 0 alone tells."""
-    stopping.ignore_no_more()
+    stopping.listen_no_more(signal.SIG_DFL)
     rank = int(os.environ.get("RANK", 0))
     if rank > 0:
         time.sleep(5)  # when one process ends, torchrun ends them all: this one speaks only if rank 0 had nothing to say
@@ -41,7 +42,7 @@ def fail(message: str, status: int = 2):
 
 def lost(why: str, timeout: float):
     """Ends a process whose communication with the others failed, unless torchrun does so first: it tells which one died."""
-    stopping.ignore_no_more()
+    stopping.listen_no_more(signal.SIG_DFL)
     time.sleep(3)
     why = why.split("] ", 1)[-1].split(". ")[0]  # gloo's own words, without a line of its source and good advice
     fail(f"lost touch with the other processes ({why}): one of them ended, or was silent for {timeout:g} minutes (--timeout); the same "
@@ -49,7 +50,8 @@ def lost(why: str, timeout: float):
 
 
 def stopped(what: Stopped):
-    """Ends the program, which a signal asked to end, with one line on stderr."""
+    """Ends the program, which a signal asked to end, with one line on stderr. Another signal does not spoil it."""
+    stopping.listen_no_more(signal.SIG_IGN)
     resumable = stopping.State.resumable
     status = stopping.STATUS if resumable else 128 + stopping.State.number
     if int(os.environ.get("RANK", 0)) == 0:

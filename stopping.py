@@ -32,11 +32,11 @@ def listen(resumable: bool) -> None:
             signal.signal(number, on_signal)
 
 
-def ignore_no_more() -> None:
-    """From now on a signal ends the process at once, as it does by default: there is nothing more to save."""
+def listen_no_more(then) -> None:
+    """From now on a signal does nothing (SIG_IGN), since the process ends in good order, or ends it at once (SIG_DFL)."""
     for number in SIGNALS:
         if signal.getsignal(number) == on_signal:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, then)
 
 
 def on_signal(number: int, frame) -> None:

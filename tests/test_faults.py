@@ -8,6 +8,7 @@ import dataclasses
 import fcntl
 import functools
 import inspect
+import itertools
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import termios
+import threading
 import time
 
 import pytest
@@ -39,10 +41,13 @@ FAULTS = dict(num_training_steps=60, warmup_steps=5, base_lr=1e-3, lr_schedule="
 class Run:
     """`sh run.sh`, or `python main.py` for one process, in the background; all that it starts has the folder in its arguments."""
 
+    attempts = itertools.count()
+
     def __init__(self, folder, processes=2, restarts=0, **changes):
         config = tiny(folder, **{**FAULTS, **changes})
         self.folder, self.name = folder / config.run_name, f"ckpt_dir {folder}"
-        self.output, self.errors = (folder.with_name(f"{folder.name}_{config.run_name}.{end}") for end in ("out", "err"))
+        self.output = folder.with_name(f"{folder.name}_{config.run_name}.out")  # of all attempts
+        self.errors = folder.with_name(f"{folder.name}_{config.run_name}_{next(self.attempts)}.err")
         command = ["sh", ROOT / "run.sh"] if processes > 1 else [sys.executable, ROOT / "main.py"]
         environment = {**os.environ, "PYTHON": sys.executable, "THREADS": "1", "OMP_NUM_THREADS": "1", "GPUS": str(processes),
                        "WANDB_MODE": config.wandb, "RESTARTS": str(restarts)}
@@ -190,9 +195,14 @@ def test_the_launcher_is_killed(tmp_path):
     """Its orphans stop by themselves with a checkpoint; the same command may be given at once, and waits for them."""
     with Run(tmp_path) as orphans:
         orphans.wait_for_checkpoint(12)
+        workers = orphans.workers()
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
         orphans.process.kill()
-        output, _ = finish(tmp_path)
-        assert "stopped by SIGHUP at step" in orphans.errors.read_text() or "going on with" in output
+        orphans.process.wait()
+        threading.Timer(4, lambda: [os.kill(pid, signal.SIGCONT) for pid in workers]).start()  # while the next run waits for the folder
+        finish(tmp_path)
+        assert "stopped by SIGHUP at step 1" in orphans.errors.read_text()
     assert result_of(tmp_path / "digits") == straight()
 
 
@@ -224,9 +234,11 @@ def stop_and_go_on(tmp_path, number, processes, target=None, again=False, checkp
     """Stops a run by the signal once it has this checkpoint, and finishes it: one line, status 75, a checkpoint, the same end."""
     with Run(tmp_path, processes, **changes) as stopped:
         stopped.wait_for_checkpoint(checkpoint)
-        for _ in range(1 + again):
-            os.kill(stopped.workers()[target] if target is not None else stopped.process.pid, number)
+        os.kill(stopped.workers()[target] if target is not None else stopped.process.pid, number)
         start = time.monotonic()
+        while again and stopped.process.poll() is None and time.monotonic() - start < 20:  # impatiently
+            os.kill(stopped.process.pid, number)
+            time.sleep(0.01)
         status, errors = stopped.end()
     assert status == stopping.STATUS and errors.count("\n") == 1, (status, errors)
     assert f"stopped by {stopping.name(number)} at step" in errors and "the same command goes on" in errors
