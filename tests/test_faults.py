@@ -442,6 +442,16 @@ def test_a_save_that_failed_is_tried_again_at_the_next_line_of_metrics(tmp_path,
     assert [n for n, _ in saving.numbered(str(tmp_path / "digits"))] == [16, 12, 10]
 
 
+def test_no_checkpoint_without_the_metrics_up_to_it(tmp_path, digits, capsys, monkeypatch):
+    """Or a run that is killed then, and goes on from it, would lack their lines for ever."""
+    monkeypatch.setattr("trainer.RETRY_SECONDS", ())
+    trainer = make(tmp_path, digits)
+    monkeypatch.setattr(trainer.logger, "write_lines", lambda sync=False: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="the checkpoint of step 4 cannot be written"):
+        trainer.train()
+    assert "No space left" in capsys.readouterr().err and not saving.checkpoints(str(tmp_path / "digits"))
+
+
 def test_a_copied_folder_goes_on_under_its_own_name(tmp_path, digits):
     make(tmp_path, digits, lr_schedule="constant").train()
     shutil.copytree(tmp_path / "digits", tmp_path / "copy")
