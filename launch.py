@@ -10,10 +10,10 @@ import signal
 import sys
 import tempfile
 
-HANDLED = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"]
+HANDLED = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1]  # SIGUSR1 would kill torchrun and leave its processes alone
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
-    HANDLED.append("SIGHUP")
-os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(HANDLED))  # SIGUSR1 would kill torchrun and leave its processes alone
+    HANDLED.append(signal.SIGHUP)
+os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in HANDLED))
 os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # or restarted processes may read addresses of dead ones
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a node that leaves first is told of in 20 lines, and names without DNS in more
 
@@ -31,8 +31,10 @@ except ModuleNotFoundError as error:
 
 def stop_once(number, frame):
     """torchrun's handler, for one signal only: a second one would break off its wait for the processes' last checkpoint."""
-    for name in HANDLED:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if number not in HANDLED:  # some versions handle SIGHUP in any case
+        return
+    for handled in HANDLED:
+        signal.signal(handled, signal.SIG_IGN)
     raise SignalException(f"signal {number}", sigval=signal.Signals(number))
 
 
@@ -66,6 +68,8 @@ if __name__ == "__main__":
     for name, level in (("multiprocessing.api", logging.CRITICAL), ("agent.server.api", logging.ERROR), ("rendezvous", logging.ERROR)):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(level)
     api._terminate_process_handler = stop_once
+    for number in HANDLED:
+        signal.signal(number, stop_once)
     with tempfile.NamedTemporaryFile("r", prefix="launch_status_") as told:
         os.environ["LAUNCH_STATUS"] = told.name
         sys.exit(launch(told))

@@ -15,14 +15,13 @@ import os
 import re
 import shutil
 import socket
-import sys
 import time
 import warnings
 
 import torch
 from torch import nn
 
-from utils import UserError, first_line, write_atomically
+from utils import UserError, complain, first_line, write_atomically
 
 LAST = "last.pt"  # the newest checkpoint in a run's folder
 LOCK = "lock"
@@ -135,13 +134,13 @@ def load_newest(folder: str, mmap: bool = False) -> tuple[dict, str]:
         try:
             state = load(path, mmap)
         except UserError as error:
-            wrong.append(str(error))
+            wrong.append(str(error).rpartition(";")[0])
             continue
         if wrong and not mmap:
-            print(f"checkpoint: {wrong[0].rpartition(';')[0]}; going back to {path}, of step {state['step']}", file=sys.stderr, flush=True)
+            complain(f"{wrong[0]}; going back to {path}, of step {state['step']}")
         return state, path
-    raise UserError(f"{folder} has no checkpoint that can be read: {wrong[0].rpartition(';')[0] if wrong else 'there is none'}; choose "
-                    "another --run_name, or remove the folder to start anew")
+    raise UserError(f"{folder} has no checkpoint that can be read: {wrong[0] if wrong else 'there is none'}; choose another --run_name, or "
+                    "remove the folder to start anew")
 
 
 def plain(settings: dict) -> dict:
@@ -184,7 +183,7 @@ def lock(folder: str) -> None:
                                 "another --run_name") from None
             time.sleep(0.1)
         except OSError as error:
-            print(f"lock: {folder} is on a file system without locks ({first_line(error)}): start no second run in it", file=sys.stderr)
+            complain(f"{folder} is on a file system without locks ({first_line(error)}): start no second run in it")
             break
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")

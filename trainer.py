@@ -212,7 +212,7 @@ class DiffusionTrainer:
                 self.sample()
             if stop := agreed(now=self.due(config.sample_every)):
                 break
-        return agreed.wait() or stop
+        return agreed(now=True) or stop  # once more: the last grids may have been broken off
 
     def due(self, every: int) -> bool:
         """Whether something is due after this step, every so many steps (0: never) and at the end."""
