@@ -171,7 +171,7 @@ def set_up(wanted: str, tf32: bool = True, timeout: float = 10.0):
     import torch
     import torch.distributed as dist
 
-    from utils import Patient, UserError, world_size
+    from utils import UserError, world_size
 
     end = None
     try:
@@ -190,7 +190,6 @@ def set_up(wanted: str, tf32: bool = True, timeout: float = 10.0):
         if world_size() > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
-            Patient.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=Patient.HOURS))
         yield device
     except (Exception, Stopped) as error:
         end = ending(error, timeout)

@@ -5,6 +5,7 @@ Randomness. `make_seed` mixes any numbers and words into one seed, and `RowNoise
 """
 
 import contextlib
+import datetime
 import errno
 import inspect
 import itertools
@@ -60,11 +61,13 @@ def share(n: int) -> range:
     return range(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
-class Patient:
-    """The processes, for work that takes them unlike times: sampling, and what rank 0 does alone. `main.set_up` makes the group."""
+CALLS, HEARTS = itertools.count(), itertools.count()  # of on_rank0, and of Heartbeat, alike on all processes
+PATIENCE = datetime.timedelta(hours=12)  # of the others with what rank 0 does alone
 
-    group = None  # None: the default group, with the time-out of a training step
-    HOURS = 12
+
+def store():
+    """The processes' common store of keys, which is part of their group."""
+    return dist.distributed_c10d._get_default_store()
 
 
 class Heartbeat:
@@ -73,33 +76,38 @@ class Heartbeat:
     Each calls `beat` now and then in its work, and `wait` at its end; all make as many of these objects, in the same order.
     """
 
-    made = itertools.count()
+    DONE = 10**9  # more than there are beats
 
     def __init__(self, minutes: float):
-        self.minutes, self.told, self.name = minutes, -math.inf, f"heartbeat {next(self.made)}"
-        self.store = dist.distributed_c10d._get_default_store() if world_size() > 1 else None
+        self.minutes, self.told, self.name = minutes, -math.inf, f"heartbeat {next(HEARTS)}"
 
     def count(self, of: int, more: int = 0) -> int:
         """The beats of process `of`, after `more` are added."""
-        return self.store.add(f"{self.name} of {of}", more)
+        return store().add(f"{self.name} of {of}", more)
 
     def beat(self) -> None:
-        if self.store is not None and time.monotonic() - self.told > 1:
+        if world_size() > 1 and time.monotonic() - self.told > 1:
             self.count(rank(), 1)
             self.told = time.monotonic()
 
     def wait(self) -> None:
-        """Until the next process, in a ring, has done its work. Raises RuntimeError if it did not beat for `minutes`."""
-        if self.store is None:
-            return
-        done, following = 10**9, (rank() + 1) % world_size()
-        self.count(rank(), done)
+        """Until all have done their work: rank 0 looks at the others, and they at it. Raises RuntimeError if one stands still."""
+        if rank() == 0:
+            for other in range(1, world_size()):
+                self.wait_for(other)
+        if world_size() > 1:
+            self.count(rank(), self.DONE)
+        if rank() > 0:
+            self.wait_for(0)
+
+    def wait_for(self, other: int) -> None:
         last, since = -1, time.monotonic()
-        while (beats := self.count(following)) < done:
+        while (beats := self.count(other)) < self.DONE:
             if beats != last:
                 last, since = beats, time.monotonic()
             if time.monotonic() - since > 60 * self.minutes:
-                raise RuntimeError(f"Timed out waiting for process {following}")
+                raise RuntimeError(f"Timed out waiting for process {other}")
+            self.beat()
             time.sleep(0.02)
 
 
@@ -109,11 +117,11 @@ def gather_rows(mine: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return mine
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(mine)]), group=Patient.group)
+    dist.all_gather(counts, torch.tensor([len(mine)]))
     padded = mine.new_zeros(max(counts).item(), *mine.shape[1:])
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=Patient.group)
+    dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
 
@@ -131,7 +139,9 @@ def on_rank0(work):
         except Exception as error:
             answer, bug = [None, f"process 0 failed ({type(error).__name__}: {first_line(error)})"], error
     if world_size() > 1:
-        dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"), group=Patient.group)
+        done = f"work of rank 0, {next(CALLS)}"
+        store().set(done, "") if rank() == 0 else store().wait([done], PATIENCE)  # the time-out of the group is for what comes then
+        dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
     if bug is not None:
         raise bug
     result, error = answer
