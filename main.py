@@ -216,7 +216,7 @@ def ending(error: BaseException, timeout: float):
     if isinstance(error, UserError):
         return functools.partial(fail, str(error))
     if isinstance(error, BrokenPipeError):
-        return functools.partial(sys.exit, 1)
+        return functools.partial(os._exit, 1)  # or the interpreter's last flush tells of it
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return functools.partial(fail, f"out of memory ({first_line(error)}): raise --accumulation_steps, or lower --batch_size or "
                                        "--model_channels")

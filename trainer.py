@@ -417,7 +417,7 @@ class DiffusionTrainer:
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = self.saved = state["step"]
-        self.skipped, sums = state.get("skipped", 0), state["sums"]
+        self.skipped, sums = state["skipped"], state["sums"]
         if len(sums) != world_size():  # another number of processes: what was added up goes to rank 0
             sums = torch.cat([sums[0, :2], sums[:, 2:].sum(0)]).expand(world_size(), -1).clone()
             sums[1:, 2:] = 0

@@ -140,7 +140,10 @@ def on_rank0(work):
             answer, bug = [None, f"process 0 failed ({type(error).__name__}: {first_line(error)})"], error
     if world_size() > 1:
         done = f"work of rank 0, {next(CALLS)}"
-        store().set(done, "") if rank() == 0 else store().wait([done], PATIENCE)  # the time-out of the group is for what comes then
+        if rank() == 0:
+            store().set(done, "")
+        else:
+            store().wait([done], PATIENCE)  # the time-out of the group is for the exchange that follows
         dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
     if bug is not None:
         raise bug

@@ -1,5 +1,6 @@
 """What the tests share: exact Gaussian data, tiny settings, and a way to run the scripts as a user does."""
 
+import json
 import os
 import subprocess
 import sys
@@ -53,6 +54,12 @@ def digits():
 def make(tmp_path, digits, **changes) -> DiffusionTrainer:
     """A trainer of tiny settings, with these changes, on the CPU."""
     return DiffusionTrainer(tiny(tmp_path, **changes), digits, torch.device("cpu"))
+
+
+def metrics_of(folder) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without the speed, which differs from run to run."""
+    lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
 def flags(config: Config) -> list[str]:

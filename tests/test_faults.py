@@ -24,7 +24,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, flags, launch, make, run, tiny
+from conftest import ROOT, assert_one_line_error, flags, launch, make, metrics_of, run, tiny
 
 import sampling
 import saving
@@ -107,10 +107,7 @@ def result_of(folder):
     """What must be bit-equal: weights, EMA, optimizer, step; and the metrics, but for the clock."""
     state = saving.load(str(folder / "last.pt"))
     state.pop("config")
-    lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    for line in lines:
-        line.pop("images_per_second")
-    return saving.digest(state), lines
+    return saving.digest(state), metrics_of(folder)
 
 
 @functools.lru_cache

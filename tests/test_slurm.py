@@ -6,7 +6,6 @@ The cluster is real and stands on this machine for as long as the tests take: ea
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, flags, tiny
+from conftest import ROOT, flags, metrics_of, tiny
 
 import saving
 
@@ -245,10 +244,7 @@ def job(cluster, straight, tmp_path):
 
 def content(job: Job):
     """The last checkpoint of a run, and its lines of metrics, without the speed."""
-    lines = [json.loads(line) for line in open(job.run / "metrics.jsonl")]
-    for line in lines:
-        line.pop("images_per_second")
-    return saving.load(str(job.run / saving.LAST)), lines
+    return saving.load(str(job.run / saving.LAST)), metrics_of(job.run)
 
 
 def check_second_part(job: Job, straight: Job) -> None:
