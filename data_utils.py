@@ -312,9 +312,12 @@ class Batches:
 
     def indices(self, step: int) -> np.ndarray:
         """Indices (B,) of the global batch of this step; a batch may reach into the next epoch, or span several."""
-        position = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epoch, place = np.divmod(position, len(self.dataset.data))
-        return np.concatenate([self.order(int(e))[place[epoch == e]] for e in np.unique(epoch)])
+        first, last, parts = step * self.batch_size, (step + 1) * self.batch_size, []
+        while first < last:
+            epoch, place = divmod(first, len(self.dataset.data))
+            parts.append(self.order(epoch)[place : place + last - first])
+            first += len(parts[-1])
+        return np.concatenate(parts)
 
     def __call__(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
         indices = self.indices(step)[rows]

@@ -11,17 +11,19 @@ from torch import nn
 
 
 class EMA:
-    """Holds `net`, an averaged copy of a network; `update` it after each optimizer step."""
+    """Holds `net`, an averaged copy of a network, which it goes on to follow; `update` it after each optimizer step."""
 
     def __init__(self, net: nn.Module, decay: float):
         self.decay, self.num_updates = decay, 0
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.averages, self.parameters = list(self.net.parameters()), list(net.parameters())
+        self.buffers = list(zip(self.net.buffers(), net.buffers()))
 
     @torch.no_grad()
-    def update(self, net: nn.Module) -> None:
+    def update(self) -> None:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - decay)
-        for mine, theirs in zip(self.net.buffers(), net.buffers()):
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        for mine, theirs in self.buffers:
             mine.copy_(theirs)
         self.num_updates += 1
 

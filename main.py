@@ -171,9 +171,10 @@ def set_up(wanted: str, tf32: bool = True, timeout: float = 10.0):
     import torch
     import torch.distributed as dist
 
-    from utils import UserError, world_size
+    from utils import UserError, keep_freed_memory, world_size
 
     end = None
+    keep_freed_memory()
     try:
         if wanted == "cuda" and not torch.cuda.is_available():
             raise UserError("device cuda is not available here: use --device cpu, or auto")

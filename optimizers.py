@@ -1,4 +1,4 @@
-"""The optimizer, the learning rate as a pure function of the step, and gradient clipping.
+"""The optimizer, the learning rate as a pure function of the step, and a step with gradient clipping.
 
 The rate of step s (from 0) is set before that step is taken: base_lr (s + 1) / warmup_steps during warm-up, then a schedule of
 SCHEDULES. To add one, write a function of the progress after warm-up, in [0, 1], and give it a row.
@@ -38,18 +38,19 @@ def make_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, lr=0.0, fused=parameters[0].device.type in ("cpu", "cuda"))
 
 
-def clip_gradients(net: nn.Module, max_norm: float) -> Tensor:
-    """Scales the gradients down to `max_norm` where their norm is larger, and returns the norm before; `max_norm` 0 only measures."""
-    return nn.utils.clip_grad_norm_(net.parameters(), max_norm or math.inf)
+def take_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """The optimizer's step, with the gradients scaled down to `max_norm` where their norm is larger (0: never). Returns the norm before.
 
-
-def take_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
-    """The optimizer's step, unless `grad_norm` is not finite: then weights and moments stay as they are.
-
-    A fused optimizer is told on the device, as torch.amp.GradScaler tells it, and nothing waits for a GPU.
+    If the norm is not finite, weights and moments stay as they are. A fused optimizer is told of both on the device, as
+    torch.amp.GradScaler tells it: it scales where it reads, and nothing waits for a GPU.
     """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        optimizer.grad_scale = (norm / max_norm).clamp(min=1.0) if max_norm else None  # by which gradients are divided
+        optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
-    elif grad_norm.isfinite():
+    elif norm.isfinite():
+        nn.utils.clip_grads_with_norm_(parameters, max_norm or math.inf, norm)
         optimizer.step()
+    return norm

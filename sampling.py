@@ -59,7 +59,8 @@ class Field:
 
     def __call__(self, x: Tensor, time: float, *kinds: str):
         """The prediction at x (B, ...) and one time as this kind, or as each of these kinds, by one network call."""
-        out, c = self.predict(x, time), self.process.at(time)
+        out = self.predict(x, time)
+        c = self.process.at(time) if any(kind != self.model_type for kind in kinds) else None
         converted = [convert(out, x, c, self.model_type, kind) for kind in kinds]
         return converted[0] if len(kinds) == 1 else converted
 

@@ -27,7 +27,7 @@ from couplings import COUPLINGS
 from data_utils import Batches, Dataset
 from ema import EMA
 from logging_utils import Logger, image_grid, scatter_plot
-from optimizers import clip_gradients, learning_rate, make_optimizer, take_step
+from optimizers import learning_rate, make_optimizer, take_step
 from prediction import convert, loss_weight, target
 from utils import (
     RowNoise,
@@ -40,6 +40,7 @@ from utils import (
     on_rank0,
     print0,
     rank,
+    seed_torch,
     share,
     world_size,
     write_atomically,
@@ -161,21 +162,21 @@ class DiffusionTrainer:
         with stopping.hold():
             if self.step and self.due(self.config.sample_every) and on_rank0(self.lacks_pictures):  # the run ended before they were drawn
                 self.sample()
-            stop = self.loop()
+            stop = self.loop(self.config.num_training_steps)
             self.save_for_good()
             on_rank0(self.end)
         if stop:
             raise stopping.Stopped(f"{stopping.name(stop)} at step {self.step}, with a checkpoint")
 
-    def loop(self) -> int:
-        """The training loop. The number of the signal that stopped it, or 0 at its end."""
+    def loop(self, until: int) -> int:
+        """The training loop, up to step `until`. The number of the signal that stopped it, or 0 at its end."""
         config, agreed, stop = self.config, stopping.Agreement(), 0
         self.net.train()
         self.restart_clock()
-        while self.step < config.num_training_steps:
+        while self.step < until:
             # batch and rate, both functions of the step
             batch = self.prepare_batch(self.step)
-            torch.manual_seed(make_seed(config.seed, "dropout", self.step, rank()))
+            seed_torch(make_seed(config.seed, "dropout", self.step, rank()), self.device)
             rate = self.learning_rate(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -190,10 +191,9 @@ class DiffusionTrainer:
                 self.track(sums, losses.detach(), part)
 
             # step, unless the gradient is not finite
-            grad_norm = clip_gradients(self.net, config.grad_clip_norm)
-            take_step(self.optimizer, grad_norm)
+            grad_norm = take_step(self.optimizer, config.grad_clip_norm)
             self.optimizer.zero_grad()
-            self.ema.update(self.net)
+            self.ema.update()
             sums[:2] = torch.stack([grad_norm, torch.ones_like(grad_norm)])
             self.sums += torch.where(grad_norm.isfinite(), sums, 0.0)
             self.norms.append(grad_norm)

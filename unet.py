@@ -12,10 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """As many groups as divide the channels, 32 at most, of at least 4 channels each."""
-    groups = next(g for g in range(min(32, max(channels // 4, 1)), 0, -1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels)
+class GroupNorm(nn.GroupNorm):
+    """As many groups as divide the channels, 32 at most, of at least 4 channels each; in float32, as autocast has it on a GPU."""
+
+    def __init__(self, channels: int):
+        super().__init__(next(g for g in range(min(32, max(channels // 4, 1)), 0, -1) if channels % g == 0), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
 
 
 def zero(module: nn.Module) -> nn.Module:
@@ -49,14 +53,29 @@ class Conditioning(nn.Module):
         return F.silu(emb)
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout; on a CPU with a quarter of the random numbers, of which torch draws one after the other: 16 bits decide on an element.
+
+    So p is rounded to a multiple of 2^-16 there.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or self.p == 0 or not self.training or torch.compiler.is_compiling():
+            return super().forward(x)
+        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        dropped = round(2**16 * self.p)  # of the 2^16 values
+        keep = bits.as_strided(x.shape, torch.empty_like(x).stride()) >= dropped - 2**15
+        return x * keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
 class ResBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, emb_dim: int, dropout: float):
         super().__init__()
-        self.norm1 = group_norm(channels_in)
+        self.norm1 = GroupNorm(channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
         self.scale_shift = nn.Linear(emb_dim, 2 * channels)
-        self.norm2 = group_norm(channels)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = GroupNorm(channels)
+        self.dropout = Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
         self.skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
@@ -67,22 +86,29 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, all (B, heads, N, d)."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # torch's kernel takes three times as long there
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Self-attention over the pixels, in heads of 64 channels, or of the next larger number that divides them."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.heads = next(h for h in range(max(1, channels // 64), 0, -1) if channels % h == 0)
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, H * W, C / heads)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, C // self.heads)  # a view of channels_last
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, heads, H * W, C / heads)
+        h = attend(q, k, v).transpose(1, 2).reshape(B, H, W, C)
+        return x + self.out(h.permute(0, 3, 1, 2))
 
 
 class Downsample(nn.Module):
@@ -167,7 +193,7 @@ class UNet(nn.Module):
                     side *= 2
                 self.up.append(layers)
 
-        self.norm_out = group_norm(channels)
+        self.norm_out = GroupNorm(channels)
         self.out = zero(nn.Conv2d(channels, C, 3, padding=1))
 
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:

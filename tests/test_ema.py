@@ -12,7 +12,7 @@ def test_formula_with_warmup():
     for n in range(30):
         with torch.no_grad():
             net.weight.add_(1.0)
-        ema.update(net)
+        ema.update()
         decay = min(0.9, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * net.weight.detach()
     torch.testing.assert_close(ema.net.weight, expected)
@@ -23,7 +23,7 @@ def test_buffers_are_copied_and_the_state_restores():
     net = nn.BatchNorm1d(3)
     ema = EMA(net, 0.9)
     net(torch.randn(8, 3) + 5)
-    ema.update(net)
+    ema.update()
     assert torch.equal(ema.net.running_mean, net.running_mean) and ema.net.num_batches_tracked == 1
     other = EMA(nn.BatchNorm1d(3), 0.9)
     other.load_state_dict(ema.state_dict())

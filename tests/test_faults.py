@@ -576,9 +576,9 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, digits, capsys, how, fus
         trainer.optimizer = torch.optim.SGD(trainer.net.parameters(), momentum=0.9)
     states, ema_update = [], trainer.ema.update
 
-    def update(net):
-        states.append(saving.digest([net.state_dict(), trainer.optimizer.state_dict()["state"]]))
-        ema_update(net)
+    def update():
+        states.append(saving.digest([trainer.net.state_dict(), trainer.optimizer.state_dict()["state"]]))
+        ema_update()
 
     trainer.ema.update = update
     spoil(trainer, {3}, how)

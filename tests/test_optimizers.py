@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimizers import SCHEDULES, clip_gradients, learning_rate, make_optimizer
+from optimizers import SCHEDULES, learning_rate, make_optimizer, take_step
 from utils import UserError
 
 RATE = dict(base_lr=0.1, min_lr=0.01, warmup_steps=10, num_training_steps=110)
@@ -52,9 +52,17 @@ def test_only_matrices_decay():
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(before)
 
 
-def test_clipping_returns_the_norm_before():
-    net = nn.Linear(3, 1, bias=False)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_scales_the_gradient_and_returns_the_norm_before(fused):
+    """Adam's first moment after one step is 0.1 of the gradient that it got; a norm that is not finite changes nothing."""
     for max_norm, after in ((1.0, 1.0), (10.0, 5.0), (0, 5.0)):
+        net = nn.Linear(3, 1, bias=False)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=fused)
         net.weight.grad = torch.tensor([[3.0, 4.0, 0.0]])
-        assert clip_gradients(net, max_norm).item() == pytest.approx(5.0)
-        assert net.weight.grad.norm().item() == pytest.approx(after, rel=1e-5)
+        assert take_step(optimizer, max_norm).item() == pytest.approx(5.0)
+        moment = optimizer.state[net.weight]["exp_avg"]
+        torch.testing.assert_close(moment, 0.1 * after / 5 * torch.tensor([[3.0, 4.0, 0.0]]), rtol=1e-5, atol=0)
+        before, moment = net.weight.clone(), moment.clone()
+        net.weight.grad = torch.tensor([[3.0, math.inf, 0.0]])
+        assert not take_step(optimizer, max_norm).isfinite()
+        assert torch.equal(net.weight, before) and torch.equal(optimizer.state[net.weight]["exp_avg"], moment)

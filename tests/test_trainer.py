@@ -17,7 +17,7 @@ from prediction import LOSS_WEIGHTINGS, PREDICTIONS, convert, loss_weight, targe
 from processes import PROCESSES
 from time_samplers import TIME_SAMPLERS
 from trainer import DiffusionTrainer
-from utils import UserError
+from utils import UserError, seed_torch
 
 CPU = torch.device("cpu")
 
@@ -163,8 +163,8 @@ def test_flips_and_label_dropout_have_their_rates(tmp_path, digits):
 
 
 def test_each_step_has_dropout_of_its_own(tmp_path, digits, monkeypatch):
-    trainer, seeds, manual_seed = make(tmp_path, digits, dropout=0.3), [], torch.manual_seed
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
+    trainer, seeds = make(tmp_path, digits, dropout=0.3), []
+    monkeypatch.setattr("trainer.seed_torch", lambda seed, device: seeds.append(seed) or seed_torch(seed, device))
     trainer.train()
     assert len(set(seeds)) == len(seeds) == 4
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import unet
 from config import Config
 from unet import UNet, time_features
 from utils import choose
@@ -82,3 +83,58 @@ def test_time_features_tell_near_times_apart():
     features = time_features(t, 32)
     assert features.shape == (1001, 32)
     assert (features[1:] - features[:-1]).norm(dim=1).min() > 0.1
+
+
+def attention_as_written(self, x, emb):
+    """`Attention.forward` with a copy for each change of shape, and the plain formula."""
+    B, C, H, W = x.shape
+    qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+    q, k, v = qkv.transpose(-1, -2).unbind(1)
+    h = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, dim=-1) @ v
+    return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_was_made_fast_computes_what_was_written(memory_format, bf16, monkeypatch):
+    """Outputs and gradients of the network against those with torch's own GroupNorm and Dropout and the attention as written."""
+    settings = {**SMALL, "model_channels": 64}  # two heads
+    net = randomized(UNet((3, 8, 8), **settings)).to(memory_format=memory_format)
+    torch.manual_seed(1)
+    x, t, probe = torch.randn(4, 3, 8, 8).to(memory_format=memory_format), torch.rand(4), torch.randn(4, 3, 8, 8)
+    results = []
+    for as_written in (False, True):
+        if as_written:
+            monkeypatch.setattr(unet.Attention, "forward", attention_as_written)
+            monkeypatch.delattr(unet.GroupNorm, "forward")
+            monkeypatch.delattr(unet.Dropout, "forward")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = net(x, t)
+        gradients = torch.autograd.grad((out.float() * probe).sum(), list(net.parameters()))
+        results.append([out.detach().float(), torch.cat([g.flatten() for g in gradients])])
+    for new, old in zip(*results):
+        error = (new - old).norm() / old.norm()
+        assert error < (0.03 if bf16 else 1e-5), error  # bfloat16 has 8 bits; 0.4% each
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_keeps_each_element_with_its_probability(p):
+    dropout, x = unet.Dropout(p), torch.ones(7, 3, 50, 101).to(memory_format=torch.channels_last).requires_grad_()  # not a multiple of 4
+    torch.manual_seed(0)
+    out = dropout(x)
+    kept = (out != 0).double()
+    assert out.stride() == x.stride()
+    torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / (1 - p)), rtol=1e-4, atol=0)  # p to 2^-16
+    deviation = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs(kept.mean() - (1 - p)) < 4 * deviation
+    flat = kept.permute(0, 2, 3, 1).flatten()  # as it lies in memory, four elements of one random number side by side
+    for lag in (1, 2, 3, 4, 5, 101):
+        covariance = ((flat[lag:] - (1 - p)) * (flat[:-lag] - (1 - p))).mean()
+        assert abs(covariance) < 4 * p * (1 - p) / x.numel() ** 0.5, lag
+    for row in range(4):
+        assert abs(flat[row::4].mean() - (1 - p)) < 8 * deviation
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], out.detach())
+    assert not torch.equal(dropout(x), out)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), out)
+    assert torch.equal(dropout.eval()(x), x)

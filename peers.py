@@ -1,0 +1,123 @@
+"""The networks and training steps of other libraries, where they are installed, each in a process of its own beside this trainer.
+
+A peer is a function of images (B, 3, 32, 32) in [-1, 1] that gives its network, its loss, and what follows the backward pass. It runs
+as its own users run it, and also with what the scripts here do: memory that is kept, channels_last, bfloat16. To add one, write such
+a function, named as its package, and give it a row in PEERS.
+"""
+
+import copy
+import dataclasses
+import importlib.util
+import itertools
+import multiprocessing
+import statistics
+
+import torch
+
+from measuring import Bare, clock, flops_of, in_turns, ratio, repeated, train
+from utils import import_torchvision, keep_freed_memory, print0
+
+
+def torchcfm(images):
+    """The network and the training step of torchcfm's CIFAR-10 example (Tong et al. 2023): Adam, clipping, an EMA of the state dict."""
+    from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
+    from torchcfm.models.unet.unet import UNetModelWrapper
+
+    net = UNetModelWrapper(dim=(3, 32, 32), num_res_blocks=2, num_channels=128, channel_mult=[1, 2, 2, 2], num_heads=4,
+                           num_head_channels=64, attention_resolutions="16", dropout=0.1).to(images.device)
+    average, optimizer, matcher = copy.deepcopy(net), torch.optim.Adam(net.parameters(), lr=2e-4), ConditionalFlowMatcher(sigma=0.0)
+
+    def loss():
+        t, xt, ut = matcher.sample_location_and_conditional_flow(torch.randn_like(images), images)
+        return torch.mean((net(t, xt) - ut) ** 2)
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        mine, theirs = average.state_dict(), net.state_dict()
+        for name in mine:
+            mine[name].copy_(0.9999 * mine[name] + (1 - 0.9999) * theirs[name])
+        optimizer.zero_grad()
+
+    return net, loss, update
+
+
+def denoising_diffusion_pytorch(images):
+    """The network of denoising-diffusion-pytorch at the same width and depth, with the training step of its Trainer."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from ema_pytorch import EMA
+
+    net = GaussianDiffusion(Unet(dim=128, dim_mults=(1, 2, 2, 2)), image_size=32).to(images.device)
+    optimizer, average = torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.9, 0.99)), EMA(net, beta=0.995, update_every=10)
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+
+    return net, lambda: net((images + 1) / 2), update
+
+
+PEERS = {"torchcfm": torchcfm, "denoising_diffusion_pytorch": denoising_diffusion_pytorch}
+# How a peer is run: in bfloat16, with channels_last, and on a CPU with the memory kept that is freed, as the scripts here do
+WAYS = {"as it is": (False, False, False), "with freed memory kept": (False, False, True),
+        "with freed memory kept, channels_last, bfloat16": (True, True, True)}
+
+
+def serve_peer(pipe, name: str, way: str, batch_size: int, device, threads: int) -> None:
+    """A process of its own: sends the operations of one image, and then the seconds of as many steps as it is asked for."""
+    import_torchvision()  # in a way that works beside a CPU build of torch; a peer imports it too
+    bf16, channels_last, keep = WAYS[way]
+    torch.set_num_threads(threads)
+    if keep:
+        keep_freed_memory()
+    images = torch.rand(batch_size, 3, 32, 32, device=device) * 2 - 1
+    net, loss, update = PEERS[name](images)
+    if channels_last:
+        net.to(memory_format=torch.channels_last)
+
+    def step(update=update):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            value = loss()
+        value.backward()
+        update()
+
+    pipe.send(flops_of(lambda: step(lambda: None)) / batch_size)
+    while steps := pipe.recv():
+        pipe.send(repeated(step, device)(steps))
+
+
+def measure_peers(table, options, trainer) -> None:
+    """Each peer's training step in turns with the trainer, in float32 and bfloat16, per floating-point operation of the network."""
+    bare, own_config = Bare(trainer, False), trainer.config
+    flops = flops_of(lambda: bare.backward(trainer.net, rows=2)) / 2
+    trainer.optimizer.zero_grad()
+
+    def own(bf16: bool):
+        def steps(n: int) -> float:
+            trainer.config = dataclasses.replace(own_config, bf16=bf16)
+            return clock(lambda: train(trainer, n), trainer.device)
+
+        return steps
+
+    part = f"training steps of others, batch {options.batch_size}; per floating-point operation, this trainer's speed over theirs"
+    installed = [name for name in PEERS if importlib.util.find_spec(name)]
+    print0(*[f"\n{name} is not installed, and not measured" for name in PEERS if name not in installed], sep="", end="")
+    for name, way in itertools.product(installed, WAYS):
+        pipe, there = multiprocessing.get_context("spawn").Pipe()
+        arguments = (there, name, way, options.batch_size, trainer.device, torch.get_num_threads())
+        process = multiprocessing.get_context("spawn").Process(target=serve_peer, args=arguments, daemon=True)
+        process.start()
+        there.close()
+        count = pipe.recv()
+        works = {"float32": own(False), "bfloat16": own(True), "peer": lambda n, pipe=pipe: pipe.send(n) or pipe.recv()}
+        times = in_turns(works, options.rounds, options.seconds)
+        pipe.send(0)
+        process.join()
+        speed = options.batch_size / statistics.median(times["peer"])
+        over = {f"by_{kind}": ratio(times, "peer", kind) * flops / count for kind in ("float32", "bfloat16")}
+        table.add(part, f"{name}, {way}", images_per_s=speed, GFLOP_per_s=speed * count / 1e9, **over)
+    trainer.config = own_config
+
+

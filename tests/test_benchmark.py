@@ -1,0 +1,141 @@
+"""The benchmark: it measures what it says, of the network and data of its settings, and its figures fit together."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, launch, make, run
+
+import benchmark
+import measuring
+import peers
+from config import PRESETS
+
+TINY = ["--preset", "digits", "--model_channels", "8", "--batch_size", "8", "--num_samples", "4", "--sampling_steps", "4", "--rounds", "1",
+        "--seconds", "0.01", "--wandb", "disabled", "--device", "cpu", "--starting", "False"]
+
+
+def rows_of(path) -> dict:
+    return {row["what"]: row for row in json.load(open(path))["rows"]}
+
+
+def test_the_whole_of_it(tmp_path):
+    out = tmp_path / "b.json"
+    result = run("python", ROOT / "benchmark.py", *TINY, "--out", out, "--modes", "False", "--memory_steps", "80", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = rows_of(out)
+    trainer, bare = rows["trainer"], rows["bare network, float32"]
+    assert 0.1 < trainer["of_bare_network"] < 1.5 and trainer["images_per_s"] > 0
+    flops = rows["network, forward and backward"]["GFLOP_per_image"]
+    assert bare["GFLOP_per_s"] == pytest.approx(bare["images_per_s"] * flops)
+    for kind in ("float32", "bfloat16"):
+        for ceiling in ("matrix product", "3 x 3 convolution"):
+            row = rows[f"{ceiling}, {kind}, one process"]
+            expected = rows[f"bare network, {kind}"]["GFLOP_per_s"] / row["GFLOP_per_s"]
+            assert row["reached_by_the_bare_network"] == pytest.approx(expected, rel=1e-6)  # one round: the median is that of one
+    assert {name: rows[name]["calls"] for name in ("euler", "heun", "midpoint", "rk4", "dpmpp_2m", "stochastic_heun")} == {
+        "euler": 4, "heun": 7, "midpoint": 8, "rk4": 16, "dpmpp_2m": 4, "stochastic_heun": 7}
+    assert rows["heun"]["evaluations_per_s"] == pytest.approx(7 * rows["heun"]["images_per_s"])
+    assert any("growth" in name for name in rows)
+    content = json.load(open(out))
+    assert content["settings"]["model_channels"] == 8 and content["machine"]["torch"] == torch.__version__
+    assert "step " not in result.stdout  # the trainer's own lines
+    assert not list(tmp_path.glob("ckpts")) and not (ROOT / "ckpts" / "benchmark").exists()
+
+
+def test_on_two_processes(tmp_path):
+    out = tmp_path / "b.json"
+    result = run(*launch(2), ROOT / "benchmark.py", *TINY, "--out", out, "--sampling", "False")
+    assert result.returncode == 0, result.stderr
+    rows = rows_of(out)
+    assert "on 2 processes" in rows["trainer"]["part"]
+    assert 0 <= rows["exchange of gradients, beside the backward pass"]["of_the_step"] < 1
+
+
+def test_the_operations_of_a_convolution_and_of_its_gradient():
+    conv, x = torch.nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 8, 8, requires_grad=True)
+    assert measuring.flops_of(lambda: conv(x).sum().backward()) == 3 * 2 * (2 * 8 * 8) * 5 * 3 * 9
+
+
+def test_ceilings_count_their_operations(tmp_path, digits):
+    trainer = make(tmp_path, digits)
+    for work, count in measuring.ceilings(trainer, bf16=False).values():
+        assert measuring.flops_of(work) == count
+
+
+def test_turns_measure_one_step_of_each():
+    slept = []
+
+    def sleeper(seconds):
+        def work(n):
+            begin = time.perf_counter()
+            time.sleep(n * seconds)
+            slept.append(n)
+            return time.perf_counter() - begin
+
+        return work
+
+    times = measuring.in_turns({"a": sleeper(0.002), "b": sleeper(0.01)}, rounds=3, seconds=0.04)
+    assert len(times["a"]) == len(times["b"]) == 3
+    assert 3 < measuring.ratio(times, "b", "a") < 6
+    assert set(slept[:4]) == {1} and min(slept[4:]) >= 2
+
+
+def test_the_exponent_of_a_power_law():
+    assert measuring.exponent({n: 3.0 * n**1.7 for n in (8, 16, 32)}) == pytest.approx(1.7)
+
+
+def test_a_peer_answers_with_its_operations_and_its_seconds(monkeypatch):
+    """The process that serves a peer, here in a thread and with a small peer: per image, and as many steps as asked for."""
+    import threading
+    from multiprocessing import Pipe
+
+    steps = []
+
+    def small(images):
+        net = torch.nn.Conv2d(3, 4, 3)
+        return net, lambda: net(images).square().mean(), lambda: steps.append(1)
+
+    monkeypatch.setitem(peers.PEERS, "small", small)
+    here, there = Pipe()
+    arguments = (there, "small", "as it is", 2, torch.device("cpu"), torch.get_num_threads())
+    thread = threading.Thread(target=peers.serve_peer, args=arguments)
+    thread.start()
+    assert here.recv() == 2 * 2 * (30 * 30) * 4 * 3 * 9  # forward and the weights' gradient: the images want none
+    here.send(3)
+    assert here.recv() > 0 and len(steps) == 3
+    here.send(0)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("package, name", [("torchcfm", "torchcfm"), ("denoising_diffusion_pytorch", "denoising_diffusion_pytorch")])
+def test_the_peers_train(package, name):
+    pytest.importorskip(package)
+    torch.manual_seed(0)
+    net, loss, update = peers.PEERS[name](torch.rand(1, 3, 32, 32) * 2 - 1)
+    before = [p.clone() for p in net.parameters()]
+    value = loss()
+    value.backward()
+    update()
+    assert math.isfinite(value.item()) and any(not torch.equal(a, b) for a, b in zip(before, net.parameters()))
+
+
+def test_every_preset_has_options_and_data_without_download():
+    for preset, settings in PRESETS.items():
+        options = benchmark.Options(preset=preset, **settings)
+        if options.dataset in measuring.SHAPES:
+            assert measuring.load(options).data.shape == measuring.SHAPES[options.dataset]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--preset", "cifar"], ["preset", "cifar10_debug"]),
+    (["--rounds", "0"], ["rounds is 0"]),
+    (["--out", "/nowhere/b.json"], ["out is"]),
+    (["--batch", "3"], ["--batch is no setting", "--batch_size"]),
+    (["--preset", "digits", "--batch_size", "2", "--accumulation_steps", "4"], ["batch_size 2 is less than 4"]),
+])
+def test_bad_options(flags, words):
+    assert_one_line_error(run("python", ROOT / "benchmark.py", *flags), *words)
