@@ -115,6 +115,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one.
     bf16: bool | None = None  # Run the network in bfloat16 (autocast). None: on a GPU only.
     compile: bool | None = None  # Compile the network with torch.compile. None: on a GPU only.
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"] = "default"  # See benchmark.py.
     channels_last: bool = True  # Keep images as (B, H, W, C) in memory, which convolutions like.
     tf32: bool = True  # Allow TF32 in float32 products on a GPU.
     timeout: float = 10.0  # Minutes that a process waits in a step for the others, before it takes one of them to hang, and ends.
@@ -181,7 +182,7 @@ MAY_CHANGE = {
     "grid_shift", "sde_diffusion", "sde_scale", "corrector_snr", "churn", "churn_min", "churn_max", "churn_noise", "rtol", "atol",
     "denoise", "guidance_scale", "guidance_t_min", "guidance_t_max", "num_samples", "sampling_batch_size", "log_every", "sample_every",
     "save_every", "keep_checkpoints", "milestone_every", "max_skipped_steps", "wandb", "wandb_project", "device", "bf16", "compile",
-    "channels_last", "tf32", "timeout",
+    "compile_mode", "channels_last", "tf32", "timeout",
 }
 
 

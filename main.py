@@ -221,6 +221,8 @@ def ending(error: BaseException, timeout: float):
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return functools.partial(fail, f"out of memory ({first_line(error)}): raise --accumulation_steps, or lower --batch_size or "
                                        "--model_channels")
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return functools.partial(fail, f"torch.compile failed ({first_line(error)}): use --compile False, or install a C++ compiler")
     if dist.is_initialized() and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and LOST.search(str(error))):
         return functools.partial(lost, first_line(error), timeout)
     return None

@@ -101,7 +101,7 @@ class DiffusionTrainer:
                 self.net, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
         if device.type == "cuda" if config.compile is None else config.compile:
-            self.forward = torch.compile(self.ddp)
+            self.forward = torch.compile(self.ddp, mode=config.compile_mode)
 
     def start_logger(self) -> None:
         c = self.config

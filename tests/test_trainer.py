@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import make, tiny
+from conftest import ROOT, assert_one_line_error, flags, make, metrics_of, run, tiny
 
 import saving
 from build import check_settings
@@ -383,3 +384,21 @@ def test_weights_and_moments_stay_float32(tmp_path, digits, changes):
     moments = [v for s in state["optimizer"]["state"].values() for v in s.values()]
     tensors = [*state["net"].values(), *state["ema"]["net"].values(), *moments]
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_training_gives_the_same_losses(tmp_path, digits, monkeypatch):
+    modes, torch_compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net, mode: modes.append(mode) or torch_compile(net, mode=mode))
+    changes = dict(network="mlp", hidden_dim=8, num_layers=1, dataset="moons", class_conditional=False, num_samples=4)
+    for name, more in (("eager", {}), ("compiled", dict(compile=True, compile_mode="reduce-overhead"))):
+        config = tiny(tmp_path, run_name=name, **{**changes, **more})
+        DiffusionTrainer(config, load_dataset("moons"), torch.device("cpu")).train()
+    losses = [[line["loss"] for line in metrics_of(tmp_path / name)] for name in ("eager", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and modes == ["reduce-overhead"]
+
+
+def test_no_compiler_in_one_line(tmp_path):
+    words = flags(tiny(tmp_path, network="mlp", dataset="moons", class_conditional=False, compile=True))
+    result = run("python", ROOT / "main.py", *words, CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert_one_line_error(result, "torch.compile failed", "--compile False")

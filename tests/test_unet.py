@@ -138,3 +138,17 @@ def test_dropout_keeps_each_element_with_its_probability(p):
     torch.manual_seed(0)
     assert torch.equal(dropout(x), out)
     assert torch.equal(dropout.eval()(x), x)
+
+
+def test_compiles_into_one_graph_once():
+    """No graph break (fullgraph) and no recompilation for other data, with dropout, label dropout and bfloat16; the same numbers."""
+    net = randomized(UNet((1, 8, 8), num_classes=3, **SMALL))
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x, t, label = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 3])
+    torch.testing.assert_close(compiled(x, t, label), net(x, t, label))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(compiled(x + 1, 1 - t, label.flip(0)), net(x + 1, 1 - t, label.flip(0)))
+    training = torch.compile(UNet((1, 8, 8), dropout=0.1, **SMALL), fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            training(x, t).float().square().mean().backward()
