@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> None:
         import measuring
         from build import check_settings
         from peers import measure_peers
-        from utils import UserError, on_rank0, print0, world_size, write_atomically
+        from utils import UserError, on_rank0, print0, rank, world_size, write_atomically
 
         options.bf16 = device.type == "cuda" if options.bf16 is None else options.bf16
         dataset = measuring.load(options)
@@ -140,7 +140,8 @@ def main(arguments: list[str]) -> None:
         here, table = machine(device), Table()
         print0(", ".join(f"{name} {value}" for name, value in here.items()))
         folder = on_rank0(tempfile.mkdtemp)
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        if rank() == 0:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         trainer = measuring.make_trainer(options, dataset, device, folder)
         if options.training:
             measuring.measure_training(table, options, trainer)
@@ -150,8 +151,6 @@ def main(arguments: list[str]) -> None:
             measuring.measure_memory(table, options, trainer)
         if options.sampling:
             measuring.measure_sampling(table, options, trainer)
-        if trainer.logger:
-            trainer.logger.finish()
         if world_size() == 1:
             if options.peers and trainer.spec.shape == (3, 32, 32):
                 measure_peers(table, options, trainer)
@@ -159,6 +158,8 @@ def main(arguments: list[str]) -> None:
                 measuring.measure_scaling(table, options, trainer)
             if options.starting:
                 measure_start(table, options)
+        if trainer.logger:
+            trainer.logger.finish()
         content = {"machine": here, "settings": dataclasses.asdict(options), "rows": table.rows}
         on_rank0(lambda: write_atomically(options.out, lambda file: file.write(json.dumps(content, indent=1).encode())))
         print0(f"\n{options.out}")

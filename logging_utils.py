@@ -196,6 +196,7 @@ def start_wandb(folder: str, settings: dict, mode: str, project: str, new: bool)
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or its telemetry waits for a server that is gone, at the end
     logging.raiseExceptions = False  # or wandb's log files on a full disk fill the terminal with tracebacks
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # or it warns of each message to a process of wandb's that is gone
     stdin = sys.stdin
     try:
         import wandb

@@ -118,6 +118,13 @@ class Bare:
             out = forward(xt[:rows], t[:rows], None if label is None else label[:rows])
         ((out.float() - self.target[:rows]) ** 2).mean().backward()
 
+    def flops(self) -> float:
+        """Floating-point operations for one image, forward and backward."""
+        rows = min(2, len(self.target))
+        count = flops_of(lambda: self.backward(self.trainer.net, rows))
+        self.trainer.optimizer.zero_grad()
+        return count / rows
+
     def update(self) -> None:
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad()
@@ -183,8 +190,7 @@ def measure_training(table, options, trainer) -> None:
     device, bf16 = trainer.device, options.bf16
     bares = {kind: Bare(trainer, kind) for kind in (False, True)}
     images = options.batch_size
-    flops = flops_of(lambda: bares[False].backward(trainer.net, rows=2)) / 2  # of an image
-    trainer.optimizer.zero_grad()
+    flops = bares[False].flops()
 
     def update():
         take_step(trainer.optimizer, trainer.config.grad_clip_norm)
@@ -370,13 +376,12 @@ def exponent(cost: dict[int, float]) -> float:
 
 def measure_scaling(table, options, trainer) -> None:
     """Cost of a step of the network, forward and backward, not compiled, against its size, with the exponent of a power law."""
-    spec, n = trainer.spec, options.batch_size
-    width = WIDTH[options.network]
-    sizes = {"batch size": [({"batch_size": b}, spec.shape, b) for b in (n // 4, n // 2, n, 2 * n)],
-             width: [({width: w, "batch_size": n // 4}, spec.shape, w) for w in (getattr(options, width) // f for f in (8, 4, 2, 1))]}
+    spec, width, few = trainer.spec, WIDTH[options.network], max(1, options.batch_size // 4)
+    sizes = {"batch size": [({"batch_size": b}, spec.shape, b) for b in (few, 2 * few, 4 * few, 8 * few)],
+             width: [({width: w, "batch_size": few}, spec.shape, w) for w in (getattr(options, width) // f for f in (8, 4, 2, 1))]}
     if spec.is_image:
         sides = [spec.shape[-1] * f // 2 for f in (1, 2, 4)]
-        sizes["image side"] = [({"batch_size": n // 4}, (spec.shape[0], side, side), side) for side in sides]
+        sizes["image side"] = [({"batch_size": few}, (spec.shape[0], side, side), side) for side in sides]
     for what, variants in sizes.items():
         seconds = {}
         for change, shape, size in variants:
@@ -386,7 +391,7 @@ def measure_scaling(table, options, trainer) -> None:
                 seconds[size] = step_seconds(config, spot, trainer.device, options)
             except UserError:
                 continue  # sides that the network cannot halve
-        part = f"scaling with {what}"
+        part = f"scaling with {what}" + (f", batch {few}" if what != "batch size" else "")
         for size, value in seconds.items():
             table.add(part, f"{what} {size}", s_per_step=value)
         if len(seconds) > 1:

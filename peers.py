@@ -10,12 +10,13 @@ import dataclasses
 import importlib.util
 import itertools
 import multiprocessing
+import signal
 import statistics
 
 import torch
 
 from measuring import Bare, clock, flops_of, in_turns, ratio, repeated, train
-from utils import import_torchvision, keep_freed_memory, print0
+from utils import UserError, first_line, import_torchvision, keep_freed_memory, print0
 
 
 def torchcfm(images):
@@ -65,8 +66,19 @@ WAYS = {"as it is": (False, False, False), "with freed memory kept": (False, Fal
         "with freed memory kept, channels_last, bfloat16": (True, True, True)}
 
 
+def serve(pipe, *arguments) -> None:
+    """`serve_peer` in a process of its own: what ends it goes to the one that asked, and Ctrl-C is left to that one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        serve_peer(pipe, *arguments)
+    except EOFError:  # the other end is closed
+        pass
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {first_line(error)}")
+
+
 def serve_peer(pipe, name: str, way: str, batch_size: int, device, threads: int) -> None:
-    """A process of its own: sends the operations of one image, and then the seconds of as many steps as it is asked for."""
+    """Sends the operations of one image through the pipe, and then the seconds of as many steps as it is asked for, until that is 0."""
     import_torchvision()  # in a way that works beside a CPU build of torch; a peer imports it too
     bf16, channels_last, keep = WAYS[way]
     torch.set_num_threads(threads)
@@ -88,11 +100,20 @@ def serve_peer(pipe, name: str, way: str, batch_size: int, device, threads: int)
         pipe.send(repeated(step, device)(steps))
 
 
+def answer(pipe) -> float:
+    """The number that comes through the pipe. Raises UserError if the peer's process failed."""
+    try:
+        number = pipe.recv()
+    except EOFError:
+        number = "its process was ended"
+    if isinstance(number, str):
+        raise UserError(number)
+    return number
+
+
 def measure_peers(table, options, trainer) -> None:
     """Each peer's training step in turns with the trainer, in float32 and bfloat16, per floating-point operation of the network."""
-    bare, own_config = Bare(trainer, False), trainer.config
-    flops = flops_of(lambda: bare.backward(trainer.net, rows=2)) / 2
-    trainer.optimizer.zero_grad()
+    own_config, flops = trainer.config, Bare(trainer, False).flops()
 
     def own(bf16: bool):
         def steps(n: int) -> float:
@@ -107,12 +128,16 @@ def measure_peers(table, options, trainer) -> None:
     for name, way in itertools.product(installed, WAYS):
         pipe, there = multiprocessing.get_context("spawn").Pipe()
         arguments = (there, name, way, options.batch_size, trainer.device, torch.get_num_threads())
-        process = multiprocessing.get_context("spawn").Process(target=serve_peer, args=arguments, daemon=True)
+        process = multiprocessing.get_context("spawn").Process(target=serve, args=arguments, daemon=True)
         process.start()
         there.close()
-        count = pipe.recv()
-        works = {"float32": own(False), "bfloat16": own(True), "peer": lambda n, pipe=pipe: pipe.send(n) or pipe.recv()}
-        times = in_turns(works, options.rounds, options.seconds)
+        try:
+            count = answer(pipe)
+            works = {"float32": own(False), "bfloat16": own(True), "peer": lambda n, pipe=pipe: pipe.send(n) or answer(pipe)}
+            times = in_turns(works, options.rounds, options.seconds)
+        except UserError as error:
+            print0(f"\n{name}, {way}, cannot be measured ({error})")
+            continue
         pipe.send(0)
         process.join()
         speed = options.batch_size / statistics.median(times["peer"])

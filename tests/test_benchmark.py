@@ -23,7 +23,7 @@ def rows_of(path) -> dict:
 
 def test_the_whole_of_it(tmp_path):
     out = tmp_path / "b.json"
-    result = run("python", ROOT / "benchmark.py", *TINY, "--out", out, "--modes", "False", "--memory_steps", "80", cwd=tmp_path)
+    result = run("python", ROOT / "benchmark.py", *TINY, "--out", out, "--scaling", "True", "--memory_steps", "80", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = rows_of(out)
     trainer, bare = rows["trainer"], rows["bare network, float32"]
@@ -40,6 +40,9 @@ def test_the_whole_of_it(tmp_path):
     assert rows["heun"]["evaluations_per_s"] == pytest.approx(7 * rows["heun"]["images_per_s"])
     assert any("growth" in name for name in rows)
     content = json.load(open(out))
+    scaling = {row["part"]: row["exponent"] for row in content["rows"] if "exponent" in row}
+    assert set(scaling) == {"scaling with batch size", "scaling with model_channels, batch 2", "scaling with image side, batch 2",
+                            "scaling with processes"}
     assert content["settings"]["model_channels"] == 8 and content["machine"]["torch"] == torch.__version__
     assert "step " not in result.stdout  # the trainer's own lines
     assert not list(tmp_path.glob("ckpts")) and not (ROOT / "ckpts" / "benchmark").exists()
@@ -109,6 +112,36 @@ def test_a_peer_answers_with_its_operations_and_its_seconds(monkeypatch):
     here.send(0)
     thread.join(10)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("end", ["error", "death"])
+def test_a_peer_that_fails_is_told_of(monkeypatch, end, tmp_path, digits, capfd):
+    """Here every peer fails in its process, by an error or by its death; the others are measured, and this one named."""
+    import os
+    import types
+
+    def broken(images):
+        os._exit(1) if end == "death" else (_ for _ in ()).throw(RuntimeError("no such kernel"))
+
+    class Thread:  # in place of a spawned process, which would not know of `broken`
+        def __init__(self, target, args, daemon):
+            self.args = args
+
+        def start(self):
+            child = os.fork()
+            if child == 0:
+                peers.PEERS["torchcfm"] = broken
+                peers.serve(*self.args)
+                os._exit(0)
+
+    monkeypatch.setattr(peers, "PEERS", {"torchcfm": broken})
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
+    context = types.SimpleNamespace(Process=Thread, Pipe=peers.multiprocessing.Pipe)
+    monkeypatch.setattr(peers.multiprocessing, "get_context", lambda name: context)
+    options = types.SimpleNamespace(batch_size=2, rounds=1, seconds=0.01)
+    peers.measure_peers(benchmark.Table(), options, make(tmp_path, digits))
+    expected = "its process was ended" if end == "death" else "RuntimeError: no such kernel"
+    assert capfd.readouterr().out.count(f"torchcfm, as it is, cannot be measured ({expected})") == 1
 
 
 @pytest.mark.parametrize("package, name", [("torchcfm", "torchcfm"), ("denoising_diffusion_pytorch", "denoising_diffusion_pytorch")])

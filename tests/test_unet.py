@@ -117,6 +117,10 @@ def test_what_was_made_fast_computes_what_was_written(memory_format, bf16, monke
         assert error < (0.03 if bf16 else 1e-5), error  # bfloat16 has 8 bits; 0.4% each
 
 
+def test_norms_are_in_float32():
+    assert unet.GroupNorm(8)(torch.randn(2, 8, 4, 4).bfloat16()).dtype == torch.float32
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_keeps_each_element_with_its_probability(p):
     dropout, x = unet.Dropout(p), torch.ones(7, 3, 50, 101).to(memory_format=torch.channels_last).requires_grad_()  # not a multiple of 4

@@ -1,5 +1,6 @@
 """Helpers: choosing by name, shapes, pixel ranges, seeds and noise by row, shares of rows, torchvision's import, whole files."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -9,7 +10,21 @@ import torch
 from conftest import ROOT, launch, run
 
 import utils
-from utils import RowNoise, UserError, append_dims, choose, gather_rows, make_seed, mean_flat, on_rank0, share, to_uint8, write_atomically
+from utils import (
+    RowNoise,
+    UserError,
+    append_dims,
+    choose,
+    gather_rows,
+    make_seed,
+    make_seeds,
+    mean_flat,
+    on_rank0,
+    seed_torch,
+    share,
+    to_uint8,
+    write_atomically,
+)
 
 
 def test_choose_passes_only_what_is_named():
@@ -150,3 +165,32 @@ def test_a_terminal_that_tells_no_width_has_a_bar():
     code = "import utils; bar = utils.progress_bar(total=2); bar.update(); bar.close()"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=its_end, check=True)
     assert "50%|" in os.read(terminal, 10_000).decode()
+
+
+def test_seeds_of_one_kind():
+    seeds = make_seeds(5, "noise", 3)
+    assert seeds[:2] == make_seeds(2, "noise", 3) and seeds[0] == make_seed("noise", 3) and len(set(seeds)) == 5
+    seed_torch(seeds[0], torch.device("cpu"))
+    mine = torch.randn(3)
+    torch.manual_seed(seeds[0])
+    assert torch.equal(mine, torch.randn(3))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_freed_memory_is_kept():
+    """A block that was freed and is taken again costs no new pages."""
+    faults = []
+    for first in ("None", "keep_freed_memory()"):
+        script = f"""
+import resource, torch
+from utils import keep_freed_memory
+{first}
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    x = torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+        faults.append(int(run("python", "-c", script).stdout))
+    assert 10 * faults[1] < faults[0], faults
