@@ -9,9 +9,9 @@ import copy
 import dataclasses
 import importlib.util
 import itertools
-import multiprocessing
 import signal
 import statistics
+from multiprocessing import get_context
 
 import torch
 
@@ -126,9 +126,9 @@ def measure_peers(table, options, trainer) -> None:
     installed = [name for name in PEERS if importlib.util.find_spec(name)]
     print0(*[f"\n{name} is not installed, and not measured" for name in PEERS if name not in installed], sep="", end="")
     for name, way in itertools.product(installed, WAYS):
-        pipe, there = multiprocessing.get_context("spawn").Pipe()
+        pipe, there = get_context("spawn").Pipe()
         arguments = (there, name, way, options.batch_size, trainer.device, torch.get_num_threads())
-        process = multiprocessing.get_context("spawn").Process(target=serve, args=arguments, daemon=True)
+        process = get_context("spawn").Process(target=serve, args=arguments, daemon=True)
         process.start()
         there.close()
         try:

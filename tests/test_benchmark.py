@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import threading
 import time
+import types
+from multiprocessing import Pipe
 
 import pytest
 import torch
@@ -92,9 +96,6 @@ def test_the_exponent_of_a_power_law():
 
 def test_a_peer_answers_with_its_operations_and_its_seconds(monkeypatch):
     """The process that serves a peer, here in a thread and with a small peer: per image, and as many steps as asked for."""
-    import threading
-    from multiprocessing import Pipe
-
     steps = []
 
     def small(images):
@@ -117,13 +118,11 @@ def test_a_peer_answers_with_its_operations_and_its_seconds(monkeypatch):
 @pytest.mark.parametrize("end", ["error", "death"])
 def test_a_peer_that_fails_is_told_of(monkeypatch, end, tmp_path, digits, capfd):
     """Here every peer fails in its process, by an error or by its death; the others are measured, and this one named."""
-    import os
-    import types
 
     def broken(images):
         os._exit(1) if end == "death" else (_ for _ in ()).throw(RuntimeError("no such kernel"))
 
-    class Thread:  # in place of a spawned process, which would not know of `broken`
+    class Forked:  # in place of a spawned process, which would not know of `broken`
         def __init__(self, target, args, daemon):
             self.args = args
 
@@ -136,8 +135,7 @@ def test_a_peer_that_fails_is_told_of(monkeypatch, end, tmp_path, digits, capfd)
 
     monkeypatch.setattr(peers, "PEERS", {"torchcfm": broken})
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
-    context = types.SimpleNamespace(Process=Thread, Pipe=peers.multiprocessing.Pipe)
-    monkeypatch.setattr(peers.multiprocessing, "get_context", lambda name: context)
+    monkeypatch.setattr(peers, "get_context", lambda name: types.SimpleNamespace(Process=Forked, Pipe=Pipe))
     options = types.SimpleNamespace(batch_size=2, rounds=1, seconds=0.01)
     peers.measure_peers(benchmark.Table(), options, make(tmp_path, digits))
     expected = "its process was ended" if end == "death" else "RuntimeError: no such kernel"
