@@ -123,9 +123,10 @@ def measure_peers(table, options, trainer) -> None:
         return steps
 
     part = f"training steps of others, batch {options.batch_size}; per floating-point operation, this trainer's speed over theirs"
-    installed = [name for name in PEERS if importlib.util.find_spec(name)]
-    print0(*[f"\n{name} is not installed, and not measured" for name in PEERS if name not in installed], sep="", end="")
-    for name, way in itertools.product(installed, WAYS):
+    missing = [name for name in PEERS if not importlib.util.find_spec(name)]
+    if missing:
+        print0(f"\nnot installed, and not measured: {', '.join(missing)}")
+    for name, way in itertools.product([name for name in PEERS if name not in missing], WAYS):
         pipe, there = get_context("spawn").Pipe()
         arguments = (there, name, way, options.batch_size, trainer.device, torch.get_num_threads())
         process = get_context("spawn").Process(target=serve, args=arguments, daemon=True)
