@@ -115,7 +115,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one.
     bf16: bool | None = None  # Run the network in bfloat16 (autocast). None: on a GPU only.
     compile: bool | None = None  # Compile the network with torch.compile. None: on a GPU only.
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"] = "default"  # See benchmark.py.
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"] = "default"  # Of torch.compile.
     channels_last: bool = True  # Keep images as (B, H, W, C) in memory, which convolutions like.
     tf32: bool = True  # Allow TF32 in float32 products on a GPU.
     timeout: float = 10.0  # Minutes that a process waits in a step for the others, before it takes one of them to hang, and ends.

@@ -11,7 +11,7 @@ from torch import nn
 
 
 class EMA:
-    """Holds `net`, an averaged copy of a network, which it goes on to follow; `update` it after each optimizer step."""
+    """Holds `net`, an averaged copy of the network that it is made with; `update` it after each optimizer step of that."""
 
     def __init__(self, net: nn.Module, decay: float):
         self.decay, self.num_updates = decay, 0

@@ -293,8 +293,10 @@ class RowNoise:
 
 
 def keep_freed_memory() -> None:
-    """Tells the C library to keep what is freed for the next step. Else it gives large blocks back, and new pages cost a CPU a tenth of a
-    step of training and more. Where the library is not glibc, nothing changes."""
+    """Tells the C library to keep freed memory for the next step, if it is glibc.
+
+    Else it gives large blocks back, and pages that are new each time cost a CPU a tenth of a step of training, or much more.
+    """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never trim the heap
