@@ -64,20 +64,20 @@ class Preconditioned(nn.Module):
         return self.net(append_dims(c.variance.rsqrt(), xt.ndim) * xt, -c.log_snr / 8, label)
 
 
-def likelihood_weight(c: Coefs, x0_error: Tensor) -> Tensor:
+def likelihood_weight(c: Coefs, x0_error) -> Tensor:
     """g^2 / 2 for the error of the score: the integrand of the bound on the likelihood (Song et al. 2021, "Maximum Likelihood Training",
     theorem 1)."""
-    return x0_error * c.delta * (c.alpha / c.sigma**2) ** 2
+    return x0_error() * c.delta * (c.alpha / c.sigma**2) ** 2
 
 
-# The weight of a time in the loss, for the squared error of x0, which is `x0_error` times that of the target.
+# The weight of a time in the loss, for the squared error of x0, which is `x0_error()` times that of the target.
 LOSS_WEIGHTINGS = {
     # the squared error of the target, as it is
-    "none": lambda x0_error: torch.ones_like(x0_error),
+    "none": lambda c: torch.ones_like(c.sigma),
     # min(SNR, gamma) (Hang et al. 2023, "Min-SNR Weighting", section 3.4)
-    "min_snr": lambda c, x0_error, min_snr_gamma: x0_error * c.log_snr.exp().clamp(max=min_snr_gamma),
+    "min_snr": lambda c, x0_error, min_snr_gamma: x0_error() * c.log_snr.exp().clamp(max=min_snr_gamma),
     # lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, with sigma / alpha for sigma (Karras et al. 2022, table 1)
-    "edm": lambda c, x0_error: x0_error * c.variance / (c.sigma * c.sigma_data) ** 2,
+    "edm": lambda c, x0_error: x0_error() * c.variance / (c.sigma * c.sigma_data) ** 2,
     "likelihood": likelihood_weight,
     # the same with a factor sigmoid(bias - log SNR) (Kingma & Gao 2023, "Understanding Diffusion Objectives", section 4)
     "sigmoid": lambda c, x0_error, sigmoid_bias: likelihood_weight(c, x0_error) * torch.sigmoid(sigmoid_bias - c.log_snr),
@@ -90,5 +90,9 @@ def loss_weight(c: Coefs, loss_weighting: str, target_type: str, **settings) -> 
     But for `none`, the loss does not depend on `target_type`: its error is read as an error of x0, which D and sigma give.
     `settings` are arguments of the weighting; others are passed over. Raises UserError for an unknown name.
     """
-    p, q = choose(PREDICTIONS, target_type, c=c)
-    return choose(LOSS_WEIGHTINGS, loss_weighting, c=c, x0_error=(c.sigma / (c.alpha * q - c.sigma * p)) ** 2, **settings)
+
+    def x0_error():
+        p, q = choose(PREDICTIONS, target_type, c=c)
+        return (c.sigma / (c.alpha * q - c.sigma * p)) ** 2
+
+    return choose(LOSS_WEIGHTINGS, loss_weighting, c=c, x0_error=x0_error, **settings)

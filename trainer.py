@@ -64,6 +64,8 @@ class Batch(NamedTuple):
 
     def split(self, parts: int) -> list["Batch"]:
         """The batch in parts along its rows, alike in length to one row."""
+        if parts == 1:
+            return [self]
         chunks = [[None] * parts if x is None else x.tensor_split(parts) for x in self]
         return [Batch(*part) for part in zip(*chunks)]
 
