@@ -66,6 +66,14 @@ def test_the_operations_of_a_convolution_and_of_its_gradient():
     assert measuring.flops_of(lambda: conv(x).sum().backward()) == 3 * 2 * (2 * 8 * 8) * 5 * 3 * 9
 
 
+def test_the_operations_of_an_attention_and_of_one_image(tmp_path, digits):
+    q, k, v = (torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert measuring.flops_of(lambda: attention(q, k, v).sum().backward()) == 6 * 2 * (2 * 3) * 16 * 16 * 8
+    bare = measuring.Bare(make(tmp_path, digits), False)
+    assert bare.flops() == measuring.flops_of(lambda: bare.backward(bare.trainer.net, rows=1))
+
+
 def test_ceilings_count_their_operations(tmp_path, digits):
     trainer = make(tmp_path, digits)
     for work, count in measuring.ceilings(trainer, bf16=False).values():
