@@ -91,6 +91,11 @@ def autocast(config: Config, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+def formatted(config: Config, x: Tensor) -> Tensor:
+    """A batch as the network gets it: images (B, C, H, W) in channels_last, if the settings say so; else as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and config.channels_last else x
+
+
 def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device: torch.device, *, rows: range, labels: Tensor | None,
              sampler: str, guide: nn.Module | None = None, together: bool = False) -> Tensor:
     """Samples `rows`, shared among all processes, decoded, on the CPU of every process: uint8 images or float vectors (N, ...).
@@ -105,10 +110,8 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
                 raise UserError(f"broken off by {stopping.name(number)}")
             progress.update()
             heart.beat()
-            if spec.is_image and config.channels_last:
-                xt = xt.contiguous(memory_format=torch.channels_last)
             with autocast(config, device):
-                return net(xt, t, label)
+                return net(formatted(config, xt), t, label)
 
         return network
 

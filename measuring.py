@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from build import autocast, build, draw_all
+from build import autocast, build, draw_all, formatted
 from config import Config
 from data_utils import DataSpec, load_dataset, make_dataset
 from main import HERE
@@ -105,11 +105,8 @@ class Bare:
         self.trainer, self.config = trainer, dataclasses.replace(trainer.config, bf16=bf16)
         batch = trainer.prepare_batch(0)
         c = trainer.process.coefs(batch.t, batch.x0.ndim)
-        self.inputs = (self.formatted(c.alpha * batch.x0 + c.sigma * batch.x1), batch.t, batch.label)
+        self.inputs = (formatted(self.config, c.alpha * batch.x0 + c.sigma * batch.x1), batch.t, batch.label)
         self.target = target(trainer.config.model_type, c, batch.x0, batch.x1)
-
-    def formatted(self, x):
-        return x.contiguous(memory_format=torch.channels_last) if self.trainer.spec.is_image and self.config.channels_last else x
 
     def backward(self, forward=None, rows: int | None = None) -> None:
         xt, t, label = self.inputs
@@ -247,7 +244,7 @@ def largest_batch(trainer, bare: Bare) -> int:
         index = torch.arange(n, device=trainer.device) % len(wanted)
         try:
             xt, t, label = inputs
-            bare.inputs, bare.target = (bare.formatted(xt[index]), t[index], None if label is None else label[index]), wanted[index]
+            bare.inputs, bare.target = (formatted(bare.config, xt[index]), t[index], None if label is None else label[index]), wanted[index]
             bare.backward(trainer.net)
             bare.update()
             return True
@@ -329,7 +326,7 @@ def measure_sampling(table, options, trainer) -> None:
     labels = torch.arange(n) % spec.num_classes if options.class_conditional else None
     mine = len(share(n))
     bare = Bare(trainer, options.bf16)
-    x = bare.formatted(torch.randn(mine, *spec.shape, device=device))
+    x = formatted(bare.config, torch.randn(mine, *spec.shape, device=device))
     label = None if labels is None else labels[:mine].to(device)
     t = torch.full((mine,), 0.5, device=device)
 
@@ -402,9 +399,7 @@ def measure_scaling(table, options, trainer) -> None:
 def step_seconds(config: Config, spec: DataSpec, device, options) -> float:
     """Median seconds of forward and backward of a new network on random data."""
     net = build(config, spec, device)[1]
-    xt = torch.randn(config.batch_size, *spec.shape, device=device)
-    if spec.is_image and config.channels_last:
-        xt = xt.contiguous(memory_format=torch.channels_last)
+    xt = formatted(config, torch.randn(config.batch_size, *spec.shape, device=device))
     t = torch.rand(config.batch_size, device=device)
 
     def step():

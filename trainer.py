@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import saving
 import stopping
-from build import autocast, build, draw_all, make_time_sampler
+from build import autocast, build, draw_all, formatted, make_time_sampler
 from config import MAY_CHANGE, Config
 from couplings import COUPLINGS
 from data_utils import Batches, Dataset
@@ -145,10 +145,8 @@ class DiffusionTrainer:
         config = self.config
         c = self.process.coefs(batch.t, batch.x0.ndim)
         xt = c.alpha * batch.x0 + c.sigma * batch.x1
-        if self.spec.is_image and config.channels_last:
-            xt = xt.contiguous(memory_format=torch.channels_last)
         with autocast(config, self.device):
-            out = self.forward(xt, batch.t, batch.label)
+            out = self.forward(formatted(config, xt), batch.t, batch.label)
         prediction = convert(out.float(), xt, c, config.model_type, config.target_type)
         weight = loss_weight(c=c, **vars(config)).flatten()
         return weight * mean_flat((prediction - target(config.target_type, c, batch.x0, batch.x1)) ** 2)
