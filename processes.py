@@ -52,7 +52,10 @@ class Coefs(NamedTuple):
 
 
 class Process:
-    """Base class. A subclass gives alpha and sigma, and the derivatives if it wants them exact to the last digit, or fast."""
+    """Base class. A subclass gives alpha and sigma, and the derivatives and the inverse if it wants them exact to the last digit, or fast.
+
+    Who overrides alpha or sigma of another process overrides these as well.
+    """
 
     sigma_data = 0.5  # standard deviation of the data, for EDM's preconditioning and weighting; `make_process` sets it
 
@@ -82,8 +85,12 @@ class Process:
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def time(self, log_snr: Tensor) -> Tensor:
-        """The t in [0, 1] of these log(alpha^2 / sigma^2), in float64, by bisection; the nearer end for those that no t has."""
-        return invert(self.log_snr, log_snr.double(), 0.0, 1.0)
+        """The t in [0, 1] of these log(alpha^2 / sigma^2), in float64; the nearer end for those that no t has."""
+        return self.inverse(log_snr.double().clamp(-600, 600)).clamp(0, 1)  # exp(600) is finite
+
+    def inverse(self, log_snr: Tensor) -> Tensor:
+        """The t of a finite log_snr, of any value where there is none in [0, 1]: by bisection, for a class that has no formula."""
+        return invert(self.log_snr, log_snr, 0.0, 1.0)
 
     def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         """xt = alpha x0 + sigma x1, for x0 and x1 (B, ...) and t (B,)."""
@@ -113,6 +120,9 @@ class RectifiedFlow(Process):
     def sigma_dot(self, t):
         return torch.ones_like(t)
 
+    def inverse(self, log_snr):
+        return torch.sigmoid(-log_snr / 2)
+
 
 class Cosine(Process):
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Nichol & Dhariwal 2021 with offset 0; Albergo & Vanden-Eijnden 2022, trigonometric).
@@ -131,6 +141,9 @@ class Cosine(Process):
 
     def sigma_dot(self, t):
         return 0.5 * math.pi * torch.sin(0.5 * math.pi * (1 - t))
+
+    def inverse(self, log_snr):
+        return torch.atan((-log_snr / 2).exp()) / (0.5 * math.pi)
 
 
 class LinearVP(Process):
@@ -161,6 +174,13 @@ class LinearVP(Process):
     def sigma_dot(self, t):
         return 0.5 * self.beta(t) * self.alpha(t) ** 2 / self.sigma(t)
 
+    def inverse(self, log_snr):
+        return self.inverse_log_alpha(torch.log1p((-log_snr).exp()) / 2)  # (sigma / alpha)^2 = exp(-2 log alpha) - 1
+
+    def inverse_log_alpha(self, minus_log_alpha):
+        slope, constant = self.beta_max - self.beta_min, self.beta_min  # slope t^2 / 4 + constant t / 2 = -log alpha, where slope may be 0
+        return 4 * minus_log_alpha / (constant + (constant**2 + 4 * slope * minus_log_alpha).sqrt())
+
 
 class SubVP(LinearVP):
     """alpha of linear_vp, and sigma = 1 - alpha^2, the square of its sigma: less noise at every t (Song et al. 2021, section 3.4)."""
@@ -170,6 +190,9 @@ class SubVP(LinearVP):
 
     def sigma_dot(self, t):
         return self.beta(t) * self.alpha(t) ** 2
+
+    def inverse(self, log_snr):
+        return self.inverse_log_alpha(torch.asinh((-log_snr / 2).exp() / 2))  # sigma / alpha = 2 sinh(-log alpha)
 
 
 class VE(Process):
@@ -190,6 +213,9 @@ class VE(Process):
     def sigma_dot(self, t):
         return math.log(self.sigma_max / self.sigma_min) * self.sigma(t)
 
+    def inverse(self, log_snr):
+        return (-log_snr / 2 - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
+
 
 class EDM(VE):
     """x0 + sigma x1, with sigma^(1 / rho) linear in t from sigma_min to sigma_max: equal steps of t are EDM's noise levels
@@ -209,6 +235,10 @@ class EDM(VE):
     def sigma_dot(self, t):
         root, slope = self.root(t)
         return self.rho * slope * root ** (self.rho - 1)
+
+    def inverse(self, log_snr):
+        low, slope = self.root(0.0)
+        return ((-log_snr / (2 * self.rho)).exp() - low) / slope
 
 
 class LinearVE(EDM):

@@ -84,7 +84,19 @@ def test_equal_steps_are_the_noise_levels_of_edm():
 def test_time_inverts_log_snr(process):
     t = times(200)
     torch.testing.assert_close(process.time(process.coefs(t).log_snr), t, rtol=1e-9, atol=1e-13)
-    assert process.time(torch.tensor([-1e9, 1e9])).tolist() == pytest.approx([1, 0], abs=1e-12)
+    ends = torch.tensor([-math.inf, -1e9, 1e9, math.inf])
+    assert process.time(ends).tolist() == pytest.approx([1, 1, 0, 0], abs=1e-12)
+    log_snr = torch.linspace(-30, 30, 100)
+    by_bisection = Process.inverse(process, log_snr.double())
+    torch.testing.assert_close(process.time(log_snr), by_bisection, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("betas", [(0.0, 20.0), (1.0, 1.0)])
+@pytest.mark.parametrize("name", ["linear_vp", "sub_vp"])
+def test_time_inverts_log_snr_at_special_rates(name, betas):
+    process, t = PROCESSES[name](*betas), times(200)[1:]
+    torch.testing.assert_close(process.time(process.log_snr(t)), t, rtol=1e-9, atol=1e-12)
+    assert process.time(torch.tensor([1e9])) == pytest.approx(0, abs=1e-12)
 
 
 def test_derivatives_by_autograd_where_none_are_given():
