@@ -71,6 +71,12 @@ def float32_error(process: Process) -> float:
     return greatest(((a.double() - b).abs() / b.abs().clamp(min=1e-300)).max() for a, b in pairs)
 
 
+def time_error(process: Process) -> float:
+    """`time` against the times whose log-SNR it gets, float64, relative."""
+    t = torch.linspace(T_MIN, T_MAX, 999, dtype=torch.float64)
+    return greatest((process.time(process.log_snr(t)) - t).abs() / t)
+
+
 # ---- Predictions
 
 
@@ -178,6 +184,7 @@ def hutchinson_error(process: Process, probe: str) -> float:
 CHECKS = {
     "derivatives against autograd, float64, relative error": (derivative_error, 0, 1e-10),
     "coefficients in float32 against float64, relative error": (float32_error, 0, 1e-4),
+    "times of a log-SNR, there and back, float64, relative error": (time_error, 0, 1e-9),
     "every conversion there and back, float64, relative error": (round_trip_error, 0, 1e-9),
     "every conversion against the exact prediction, relative error": (conversion_error, 0, 1e-9),
     **{f"{name}: order": (functools.partial(order, sampler=name), n - 0.2, n + 0.2) for name, n in ORDERS.items()},

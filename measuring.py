@@ -325,14 +325,13 @@ def measure_sampling(table, options, trainer) -> None:
     n = options.num_samples
     labels = torch.arange(n) % spec.num_classes if options.class_conditional else None
     mine = len(share(n))
-    bare = Bare(trainer, options.bf16)
-    x = formatted(bare.config, torch.randn(mine, *spec.shape, device=device))
+    x = formatted(trainer.config, torch.randn(mine, *spec.shape, device=device))
     label = None if labels is None else labels[:mine].to(device)
     t = torch.full((mine,), 0.5, device=device)
 
     @torch.no_grad()
     def call():
-        with autocast(bare.config, device):
+        with autocast(trainer.config, device):
             net(x, t, label)
 
     call()

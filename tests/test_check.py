@@ -5,8 +5,8 @@ import math
 import pytest
 from conftest import run
 
-from check import CHECKS, derivative_error, float32_error, greatest
-from processes import PROCESSES, FromFunctions
+from check import CHECKS, derivative_error, float32_error, greatest, time_error
+from processes import PROCESSES, VE, FromFunctions
 
 
 @pytest.mark.parametrize("name", list(CHECKS))
@@ -23,6 +23,14 @@ def test_a_process_of_two_functions():
                  "rk4: order", "log-likelihood, exact trace, there and back, nats"):
         check, least, most = CHECKS[name]
         assert least <= check(process) <= most, name
+
+
+def test_what_is_inherited_and_wrong_is_seen():
+    class Quadratic(VE):  # with the derivative and the inverse of VE
+        def sigma(self, t):
+            return self.sigma_min + self.sigma_max * t**2
+
+    assert derivative_error(Quadratic()) > 0.1 and time_error(Quadratic()) > 0.1
 
 
 def test_what_is_not_a_number_is_seen():
