@@ -102,6 +102,10 @@ class Config:
     num_samples: int = 64  # Samples in a grid.
     sampling_batch_size: int = 500  # Samples that one process draws at once.
 
+    # ---- Evaluation in training, by the metrics that are cheap: see metrics.py; evaluate.py does more
+    evaluate_every: int = 50_000  # Steps between evaluations, also at the end; 0: none.
+    evaluation_samples: int = 1000  # Samples of EMA weights, by `sampler`, in each.
+
     # ---- Watching
     log_every: int = 100  # Steps between lines of metrics.
     sample_every: int = 10_000  # Steps between sample grids; 0: only at the end.
@@ -127,23 +131,23 @@ PRESETS = {
         run_name="cifar10_debug", overfit_one_batch=True, random_flip=False, model_channels=32, dropout=0.0,
         attention_resolutions=(8,), num_res_blocks=1, batch_size=16, num_training_steps=1000, base_lr=2e-3,
         lr_schedule="cosine", warmup_steps=20, ema_decay=0.99, sampling_steps=20, num_samples=16, log_every=10, sample_every=250,
-        save_every=250,
+        save_every=250, evaluate_every=0,
     ),
     "digits": dict(
         run_name="digits", dataset="digits", random_flip=False, class_conditional=True, model_channels=24, channel_mults=(1, 2),
         attention_resolutions=(), num_res_blocks=1, dropout=0.0, time_sampler="logit_normal", num_training_steps=650, base_lr=3e-3,
         lr_schedule="cosine", warmup_steps=50, ema_decay=0.99, sampling_steps=20, num_samples=100, log_every=25, sample_every=325,
-        save_every=325,
+        save_every=325, evaluate_every=650,
     ),
     "mnist": dict(
         run_name="mnist", dataset="mnist", random_flip=False, class_conditional=True, model_channels=64, channel_mults=(1, 2, 2),
         attention_resolutions=(7,), dropout=0.0, num_training_steps=20_000, base_lr=1e-3, lr_schedule="cosine", warmup_steps=500,
-        ema_decay=0.999, num_samples=100, sample_every=2000, save_every=2000,
+        ema_decay=0.999, num_samples=100, sample_every=2000, save_every=2000, evaluate_every=4000,
     ),
     "fashion_mnist": dict(
         run_name="fashion_mnist", dataset="fashion_mnist", class_conditional=True, model_channels=64, channel_mults=(1, 2, 2),
         attention_resolutions=(7,), num_training_steps=40_000, base_lr=1e-3, lr_schedule="cosine", warmup_steps=500,
-        ema_decay=0.999, num_samples=100, sample_every=4000, save_every=4000,
+        ema_decay=0.999, num_samples=100, sample_every=4000, save_every=4000, evaluate_every=8000,
     ),
     "image_folder": dict(run_name="image_folder", dataset="image_folder", data_dir="data/images", class_conditional=True),
     "cifar10_edm": dict(
@@ -153,7 +157,7 @@ PRESETS = {
     "moons": dict(
         run_name="moons", dataset="moons", network="mlp", random_flip=False, sigma_data=1.0, dropout=0.0, batch_size=512,
         num_training_steps=3000, base_lr=2e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.99, num_samples=2000,
-        sample_every=1000, save_every=1000,
+        sample_every=1000, save_every=1000, evaluate_every=1000, evaluation_samples=5000,
     ),
 }
 
@@ -180,9 +184,9 @@ CHOICES = {
 MAY_CHANGE = {
     "run_name", "ckpt_dir", "data_dir", "accumulation_steps", "num_training_steps", "sampler", "sde_sampler", "sampling_steps", "grid",
     "grid_shift", "sde_diffusion", "sde_scale", "corrector_snr", "churn", "churn_min", "churn_max", "churn_noise", "rtol", "atol",
-    "denoise", "guidance_scale", "guidance_t_min", "guidance_t_max", "num_samples", "sampling_batch_size", "log_every", "sample_every",
-    "save_every", "keep_checkpoints", "milestone_every", "max_skipped_steps", "wandb", "wandb_project", "device", "bf16", "compile",
-    "compile_mode", "channels_last", "tf32", "timeout",
+    "denoise", "guidance_scale", "guidance_t_min", "guidance_t_max", "num_samples", "sampling_batch_size", "evaluate_every",
+    "evaluation_samples", "log_every", "sample_every", "save_every", "keep_checkpoints", "milestone_every", "max_skipped_steps", "wandb",
+    "wandb_project", "device", "bf16", "compile", "compile_mode", "channels_last", "tf32", "timeout",
 }
 
 
@@ -194,9 +198,10 @@ def out_of_range(settings: dict) -> list[str]:
     positive = ("batch_size", "accumulation_steps", "num_training_steps", "base_lr", "sampling_steps", "num_samples", "log_every",
                 "sampling_batch_size", "image_size", "model_channels", "num_res_blocks", "hidden_dim", "num_layers", "logit_normal_scale",
                 "edm_P_std", "time_beta_a", "time_beta_b", "min_snr_gamma", "sigma_data", "grid_shift", "rtol", "atol", "num",
-                "keep_checkpoints", "max_skipped_steps")
+                "keep_checkpoints", "max_skipped_steps", "evaluation_samples", "seeds")
     not_negative = ("warmup_steps", "weight_decay", "grad_clip_norm", "sample_every", "save_every", "milestone_every", "min_lr",
-                    "sde_scale", "corrector_snr", "churn", "churn_min", "churn_noise")
+                    "evaluate_every", "likelihood_num", "loss_num", "neighbours_num", "sde_scale", "corrector_snr", "churn",
+                    "churn_min", "churn_noise")
     shares = ("dropout", "label_dropout", "ema_decay")
     for names, expected, fits in (
         (positive, "more than 0", lambda value: value > 0),

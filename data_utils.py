@@ -6,7 +6,8 @@ what the numbers mean: `encode` takes them to the network's scale (images to [-1
 whole batch at a time.
 
 To add a data set, write a function that returns `make_dataset(data, labels)` and give it a row in DATASETS. It is called on
-rank 0 first, with download=True; its arguments are those of `load_dataset` that it names.
+rank 0 first, with download=True; its arguments are those of `load_dataset` that it names. One that names `split` has a test split,
+which only evaluate.py looks at.
 """
 
 import functools
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import Progress, UserError, choose, first_line, import_torchvision, make_seed, to_uint8, write_atomically
+from utils import Progress, UserError, choose, first_line, import_torchvision, make_seed, parameters_of, to_uint8, write_atomically
 
 CACHE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "cache")  # decoded image folders
 
@@ -64,6 +65,10 @@ class Dataset:
     data: np.ndarray  # (N, C, H, W) uint8 or (N, D) float32
     labels: np.ndarray | None  # (N,) int64
     spec: DataSpec
+    note: str = ""  # what one must know to compare figures, as of files that lost something
+
+
+SPLITS = ("train", "test")
 
 
 def make_dataset(data: np.ndarray, labels: np.ndarray | None) -> Dataset:
@@ -97,69 +102,72 @@ def fetch(name: str, data_dir: str, files: list[tuple[str, str]], source: str, g
                         f"from {source}, or run the preset 'digits', which needs no download") from error
 
 
-def cifar10(data_dir: str, download: bool) -> Dataset:
-    """50,000 photographs of 10 classes, 32 x 32. From the archive of plain bytes: that for Python is a pickle, which could run code."""
+def cifar10(data_dir: str, download: bool, split: str) -> Dataset:
+    """50,000 photographs of 10 classes, 32 x 32, and 10,000 for testing. From the archive of plain bytes, since a pickle could run code."""
     url, md5 = CIFAR10
     file = os.path.basename(url)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
 
     def get():
         if download:
             import_torchvision().datasets.utils.download_url(url, data_dir, md5=md5)  # unless it is there
         with tarfile.open(os.path.join(data_dir, file)) as archive:
-            parts = [archive.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read() for i in range(1, 6)]
+            parts = [archive.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names]
         return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label and an image a row
 
     rows = fetch("CIFAR10", data_dir, [(file, md5)], url, get)
     return make_dataset(rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0])
 
 
-def from_torchvision(name: str, folder: str, data_dir: str, download: bool) -> Dataset:
-    """The training split of torchvision's class `name`, of grey images whose archives lie in `data_dir`/`folder`."""
+def from_torchvision(name: str, folder: str, data_dir: str, download: bool, split: str) -> Dataset:
+    """A split of torchvision's class `name`, of grey images whose archives lie in `data_dir`/`folder`."""
     cls = getattr(import_torchvision().datasets, name)
     files = [(os.path.join(folder, file), md5) for file, md5 in cls.resources]
-    data = fetch(name, data_dir, files, cls.mirrors[-1], lambda: cls(data_dir, train=True, download=download))
+    data = fetch(name, data_dir, files, cls.mirrors[-1], lambda: cls(data_dir, train=split == "train", download=download))
     return make_dataset(np.asarray(data.data)[:, None], np.asarray(data.targets))
 
 
-def mnist(data_dir: str, download: bool) -> Dataset:
-    """60,000 handwritten digits, 28 x 28."""
-    return from_torchvision("MNIST", "MNIST/raw", data_dir, download)
+def mnist(data_dir: str, download: bool, split: str) -> Dataset:
+    """60,000 handwritten digits, 28 x 28, and 10,000 for testing."""
+    return from_torchvision("MNIST", "MNIST/raw", data_dir, download, split)
 
 
-def fashion_mnist(data_dir: str, download: bool) -> Dataset:
-    """60,000 pictures of 10 kinds of clothes, 28 x 28."""
-    return from_torchvision("FashionMNIST", "FashionMNIST/raw", data_dir, download)
+def fashion_mnist(data_dir: str, download: bool, split: str) -> Dataset:
+    """60,000 pictures of 10 kinds of clothes, 28 x 28, and 10,000 for testing."""
+    return from_torchvision("FashionMNIST", "FashionMNIST/raw", data_dir, download, split)
 
 
 # ---- Data sets that need no download
 
 
-def digits() -> Dataset:
-    """1,797 handwritten digits, 8 x 8, which scikit-learn ships (values 0 to 16, here 0 to 255)."""
+def digits(split: str) -> Dataset:
+    """1,500 of the 1,797 handwritten digits, 8 x 8, that scikit-learn ships (values 0 to 16, here 0 to 255); the others for testing."""
     from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     data = load_digits()
-    return make_dataset(np.rint(data.images * (255 / 16)).astype(np.uint8)[:, None], data.target)
+    rows = np.sort(train_test_split(np.arange(len(data.images)), test_size=297, stratify=data.target, random_state=0)[SPLITS.index(split)])
+    return make_dataset(np.rint(data.images[rows] * (255 / 16)).astype(np.uint8)[:, None], data.target[rows])
 
 
-def moons() -> Dataset:
-    """20,000 points on two half circles, of radius 1, with noise 0.05; the label says which."""
+def moons(split: str) -> Dataset:
+    """20,000 points on two half circles, of radius 1, with noise 0.05, and as many for testing; the label says which."""
     from sklearn.datasets import make_moons
 
-    return make_dataset(*make_moons(20_000, noise=0.05, random_state=0))
+    return make_dataset(*make_moons(20_000, noise=0.05, random_state=SPLITS.index(split)))
 
 
-def eight_gaussians() -> Dataset:
-    """20,000 points of eight Gaussians, of standard deviation 0.1, on a circle of radius 2; the label says which."""
-    rng = np.random.default_rng(0)
+def eight_gaussians(split: str) -> Dataset:
+    """20,000 points of eight Gaussians, standard deviation 0.1, on a circle of radius 2, and as many for testing; the label says which."""
+    rng = np.random.default_rng(SPLITS.index(split))
     labels = rng.integers(8, size=20_000)
     centres = 2 * np.stack([np.cos(labels * np.pi / 4), np.sin(labels * np.pi / 4)], axis=1)
     return make_dataset(centres + 0.1 * rng.standard_normal((20_000, 2)), labels)
 
 
-def checkerboard() -> Dataset:
-    """20,000 points, uniform on the eight black squares of a 4 x 4 board on [-2, 2]^2; the label says which square."""
-    rng = np.random.default_rng(0)
+def checkerboard(split: str) -> Dataset:
+    """20,000 points, uniform on the eight black squares of a 4 x 4 board on [-2, 2]^2, and as many for testing; the label says which."""
+    rng = np.random.default_rng(SPLITS.index(split))
     labels = rng.integers(8, size=20_000)
     column, row = labels % 4, 2 * (labels // 4) + labels % 2  # row + column is even
     corner = np.stack([column, row], axis=1)
@@ -187,14 +195,33 @@ def decode_image(path: str, size: int) -> np.ndarray:
         raise UserError(f"{path} is not a readable image ({first_line(error)}): mend or remove it") from error
 
 
-def image_folder(data_dir: str, image_size: int) -> Dataset:
-    """A folder of class folders of images of any size, decoded once into data/cache and read from there until the folder changes."""
+def split_folder(data_dir: str, split: str) -> str:
+    """The folder of class folders of a split: DATA_DIR/train and DATA_DIR/test (or val), or, if there are no such, DATA_DIR and none."""
+    train, *tests = [os.path.join(data_dir, name) for name in ("train", "test", "val")]
+    tests = [folder for folder in tests if os.path.isdir(folder)]
+    if os.path.isdir(train) and tests:
+        return train if split == "train" else tests[0]
+    if split == "test":
+        raise UserError(f"{data_dir} has no test split: expected class folders in {train} and in {os.path.join(data_dir, 'test')}")
+    return data_dir
+
+
+def image_folder(data_dir: str, image_size: int, split: str) -> Dataset:
+    """A folder of class folders of images of any size, decoded once into data/cache and read from there until the folder changes.
+
+    With DATA_DIR/train and DATA_DIR/test (or val) of class folders each, these are the splits.
+    """
+    train, data_dir = split_folder(data_dir, "train"), split_folder(data_dir, split)
+    datasets = import_torchvision().datasets
     try:
-        folder = import_torchvision().datasets.ImageFolder(data_dir)
+        folder, classes = datasets.ImageFolder(data_dir), datasets.folder.find_classes(train)[0]
     except OSError as error:
         raise UserError(f"{data_dir} is no folder of class folders of images: expected DATA_DIR/CLASS/IMAGE.jpg (or .png, ...) in each, "
                         f"but {first_line(error)}; set --data_dir") from error
+    if folder.classes != classes:
+        raise UserError(f"{data_dir} has the classes {', '.join(folder.classes)}, and {train} has {', '.join(classes)}: expected the same")
     paths, labels = [path for path, _ in folder.samples], [label for _, label in folder.samples]
+    lossy = sum(path.lower().endswith((".jpg", ".jpeg")) for path in paths)
     try:
         listing = "\n".join(f"{path} {(stat := os.stat(path)).st_size} {stat.st_mtime_ns}" for path in paths)
     except OSError as error:
@@ -217,7 +244,9 @@ def image_folder(data_dir: str, image_size: int) -> Dataset:
             if old.endswith(".npy") or time.time() - os.path.getmtime(old) > 3600:
                 os.remove(old)
         write_atomically(cache, write)
-    return make_dataset(np.load(cache, mmap_mode="r"), np.asarray(labels))
+    dataset = make_dataset(np.load(cache, mmap_mode="r"), np.asarray(labels))
+    dataset.note = f"{lossy} of {len(paths)} are JPEG files, which are lossy" if lossy else ""
+    return dataset
 
 
 def from_array_file(path: str) -> Dataset:
@@ -287,14 +316,26 @@ def check_labels(name: str) -> None:
                         "a .npz file")
 
 
-def load_dataset(name: str, data_dir: str = "data", image_size: int = 32, download: bool = False) -> Dataset:
-    """The data set of this name, or in this .npz or .npy file.
+def load_dataset(name: str, data_dir: str = "data", image_size: int = 32, download: bool = False, split: str = "train") -> Dataset:
+    """A split, train or test, of the data set of this name, or of this .npz or .npy file, beside which NAME_test.npz is its test split.
 
     `image_size` is in pixels, for image_folder. Raises UserError for an unknown name, and for data that are missing or bad.
     """
     if is_array_file(name):
+        if split == "test":
+            name = "_test".join(os.path.splitext(name))
+            if not os.path.exists(name):
+                raise UserError(f"there is no test split {name}: expected a file of the same kind as that for training")
         return from_array_file(name)
-    return choose(DATASETS, name, data_dir=data_dir, image_size=image_size, download=download)
+    if split == "test" and name in DATASETS and "split" not in parameters_of(DATASETS[name]):
+        raise UserError(f"{name} has no test split: let its function in data_utils.py take `split`, train or test")
+    return choose(DATASETS, name, data_dir=data_dir, image_size=image_size, download=download, split=split)
+
+
+def spread_labels(labels: np.ndarray, n: int) -> Tensor:
+    """Labels (n,), any first part of which has the frequencies of `labels`: steps of the golden ratio through their sorted list."""
+    place = np.arange(n) * ((5**0.5 - 1) / 2) % 1
+    return torch.from_numpy(np.sort(labels)[(place * len(labels)).astype(int)])
 
 
 class Batches:

@@ -48,16 +48,28 @@ class Logger:
         return lines
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Adds a line to metrics.jsonl, to wandb, and to the terminal or the log file. Raises OSError if the disk has no room."""
+        """Adds a line to metrics.jsonl, to wandb, and to the terminal or the log file. Raises OSError if the disk has no room.
+
+        The values are those of training, of which CURVES are shown, or those of an evaluation, which are all shown.
+        """
         self.unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
         self.to_wandb({"step": step, **values})
-        shown = {k: f"{values[k]:.4g}" for k in CURVES if k in values}
-        self.bar.set_postfix({"loss": shown.get("loss"), "images/s": shown["images_per_second"]}, refresh=False)
+        training = "images_per_second" in values
+        shown = {k: f"{values[k]:.4g}" for k in (CURVES if training else values) if k in values}
+        text = f"step {step}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items())
+        if training:
+            self.bar.set_postfix({"loss": shown.get("loss"), "images/s": shown["images_per_second"]}, refresh=False)
         try:
             self.write_lines()
         finally:
             if self.bar.disable:
-                print(f"step {step}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+                print(text, flush=True)
+            elif not training:
+                self.bar.write(text)
+
+    def evaluated(self, step: int) -> bool:
+        """Whether there is a line of an evaluation at this step."""
+        return any(line["step"] == step and "images_per_second" not in line for line in self.history())
 
     def write_lines(self, sync: bool = False) -> None:
         """Writes what is still to be written to metrics.jsonl, whole lines only, and with `sync` makes sure that it is on the disk.
@@ -82,14 +94,20 @@ class Logger:
         self.to_wandb({"step": step}, {f"samples/{name}": image})
 
     def curves(self) -> None:
-        """Draws loss, learning rate, gradient norm and speed over the steps into curves.png."""
+        """Draws loss, learning rate, gradient norm, speed and what evaluations found over the steps into curves.png."""
         from matplotlib.figure import Figure
 
         lines = self.history()
-        figure = Figure(figsize=(10, 6), layout="constrained")
-        for axes, name in zip(figure.subplots(2, 2).flat, CURVES):
+        evaluations = [line for line in lines if "images_per_second" not in line]
+        names = [*CURVES, *dict.fromkeys(name for line in evaluations for name in line if name != "step")]
+        columns = 2 if len(names) == len(CURVES) else 4
+        rows = -(-len(names) // columns)
+        figure = Figure(figsize=(5 * columns, 3 * rows), layout="constrained")
+        for axes in figure.subplots(rows, columns).flat[len(names) :]:
+            axes.remove()
+        for axes, name in zip(figure.axes, names):
             points = np.array([(line["step"], line[name]) for line in lines if line.get(name) is not None]).reshape(-1, 2)
-            axes.plot(points[:, 0], points[:, 1])
+            axes.plot(points[:, 0], points[:, 1], marker="" if name in CURVES else ".")
             axes.set(xlabel="step", ylabel=name.replace("_", " "))
             axes.grid(alpha=0.3)
             if name in ("loss", "grad_norm") and len(points) and (points[:, 1] > 0).all():
@@ -177,7 +195,7 @@ def no_answer(url: str) -> str | None:
     import requests  # as wandb does
 
     try:
-        requests.get(url, timeout=8)
+        requests.get(url, timeout=8, stream=True).close()  # without what is there
     except requests.exceptions.SSLError:
         return None  # wandb may know more of certificates
     except requests.RequestException as error:
@@ -185,8 +203,9 @@ def no_answer(url: str) -> str | None:
     return None
 
 
-def start_wandb(folder: str, settings: dict, mode: str, project: str, new: bool):
-    """A wandb run, or None. Never asks anything: `online` without a key, or without a server within 30 s, becomes offline in one line.
+def start_wandb(folder: str, settings: dict, mode: str, project: str, new: bool, name: str | None = None):
+    """A wandb run, called `name` or as the folder, or None. Never asks anything: `online` without a key, or without a server within 30 s,
+    becomes offline in one line.
 
     The run's id is kept in <folder>/wandb_id, so that a run that goes on is the same run on wandb.
     """
@@ -201,7 +220,7 @@ def start_wandb(folder: str, settings: dict, mode: str, project: str, new: bool)
     try:
         import wandb
 
-        arguments = dict(project=project, name=os.path.basename(folder), id=run_id(folder, new), resume="allow", dir=folder,
+        arguments = dict(project=project, name=name or os.path.basename(folder), id=run_id(folder, new), resume="allow", dir=folder,
                          config=settings, settings=wandb.Settings(
                              init_timeout=20, finish_timeout=15, finish_timeout_raises=True,
                              x_transaction_log_flush_interval=1.0))  # seconds of history that a kill may cost, 15 by default
@@ -250,10 +269,18 @@ def image_grid(images, columns: int):
     return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
 
 
+def drawn(figure):
+    """A figure of matplotlib -> a PIL image."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return Image.open(buffer)
+
+
 def scatter_plot(samples, data=None):
     """Samples (N, D), beside data (M, D) if given, first and last coordinate -> a PIL image."""
     from matplotlib.figure import Figure
-    from PIL import Image
 
     shown = {"samples": samples} if data is None else {"samples": samples, "data": data}
     figure = Figure(figsize=(5 * len(shown), 5), layout="constrained")
@@ -265,6 +292,18 @@ def scatter_plot(samples, data=None):
     low, high = np.quantile(scale, [0.001, 0.999], axis=0)  # so that a stray sample does not set the scale
     margin = 0.25 * (high - low).max() or 1.0
     panels[0].set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return Image.open(buffer)
+    return drawn(figure)
+
+
+def log_plot(lines: dict[str, tuple], x_label: str, y_label: str, log_x: bool = False):
+    """Lines {name: (x, y, standard errors or None)} over a logarithmic y, and perhaps x -> a PIL image."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, (x, y, errors)) in enumerate(lines.items()):
+        axes.errorbar(x, y, yerr=errors, label=name, marker="o", markersize=3, linewidth=1, linestyle="-" if i < 10 else "--")
+    axes.set(xlabel=x_label, ylabel=y_label, yscale="log", xscale="log" if log_x else "linear")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    return drawn(figure)

@@ -143,7 +143,8 @@ def load(options):
 def make_trainer(options, dataset, device, folder: str):
     """A trainer that neither saves nor draws, and goes on for ever."""
     settings = {f.name: getattr(options, f.name) for f in dataclasses.fields(Config)}
-    settings |= dict(ckpt_dir=folder, run_name="benchmark", num_training_steps=10**9, sample_every=0, save_every=0, milestone_every=0)
+    settings |= dict(ckpt_dir=folder, run_name="benchmark", num_training_steps=10**9, sample_every=0, save_every=0, milestone_every=0,
+                     evaluate_every=0)
     trainer = DiffusionTrainer(Config(**settings), dataset, device)
     if trainer.logger:
         trainer.logger.bar = progress_bar(disable=True)

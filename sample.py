@@ -9,7 +9,7 @@ and i, to rounding: neither the batch size nor the number of processes changes i
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from config import CHOICES, Config, out_of_range
 from main import fail, parse, set_up, start
@@ -19,10 +19,10 @@ SAME_IN_GUIDE = ("process", "beta_min", "beta_max", "sigma_min", "sigma_max", "r
 
 
 @dataclass
-class Options:
+class Drawing:
+    """How samples are drawn: what this script and evaluate.py ask. None is the run's own setting."""
+
     ckpt: str  # Checkpoint to draw from, such as ckpts/digits/last.pt.
-    num: int = 1000  # Number of samples.
-    out: str = "samples.npz"  # File to write; the picture goes beside it as .png.
     weights: Literal["ema", "raw"] = "ema"  # Averaged weights, or those of the last step.
     sampler: str | None = None  # Sampler; None: the run's own.
     sampling_steps: int | None = None  # Steps from noise to data; None: the run's own.
@@ -42,10 +42,19 @@ class Options:
     churn_noise: float | None = None  # edm_churn: standard deviation of that noise; None: the run's own.
     rtol: float | None = None  # dopri5: relative tolerance; None: the run's own.
     atol: float | None = None  # dopri5: absolute tolerance; None: the run's own.
-    labels: str = "all"  # Labels to draw, in turn: all, or a list such as 3,5,7.
     seed: int = 0  # Seed of the samples.
     batch_size: int = 500  # Samples that one process draws at once.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one.
+
+
+@dataclass
+class Options(Drawing):
+    num: int = 1000  # Number of samples.
+    out: str = "samples.npz"  # File to write; the picture goes beside it as .png.
+    labels: str = "all"  # Labels to draw, in turn: all, or a list such as 3,5,7.
+
+
+DRAWING_CHOICES = {name: CHOICES[name] for name in ("sampler", "grid", "sde_diffusion")}
 
 
 def read_labels(text: str, num: int, num_classes: int):
@@ -71,7 +80,7 @@ def load_run(path: str):
 
     state = saving.load(path)
     try:
-        return state, Config(**state["config"]), DataSpec(**state["data"])
+        return state, Config(**state["config"]), DataSpec(**{**state["data"], "shape": tuple(state["data"]["shape"])})
     except TypeError as error:
         raise UserError(f"{path} was made with other settings than this code has ({error}): use that code") from error
 
@@ -105,9 +114,38 @@ def load_guide(path: str, config: Config, spec, device):
     return load_net(path, state, theirs, data, device)[1]
 
 
+class Loaded(NamedTuple):
+    """A checkpoint, ready to draw from: `state` is what it holds, `config` the run's settings with those of the command line."""
+
+    state: dict
+    config: Config
+    spec: object  # DataSpec
+    process: object
+    net: object
+    guide: object | None
+
+
+def load(options: Drawing, device) -> Loaded:
+    """The checkpoint options.ckpt and what is drawn from it. Raises UserError if it is not of this code, or the options contradict it."""
+    from utils import UserError
+
+    state, config, spec = load_run(options.ckpt)
+    own = {f.name for f in dataclasses.fields(Config)} - {"batch_size", "device"}
+    chosen = {name: value for name, value in vars(options).items() if name in own and value is not None}
+    config = dataclasses.replace(config, sampling_batch_size=options.batch_size, **chosen)
+    for problem in out_of_range(vars(config)):
+        raise UserError(problem)
+    guide = options.guide and load_guide(options.guide, config, spec, device)
+    if config.guidance_scale != 1 and not guide and not (config.class_conditional and config.label_dropout > 0):
+        raise UserError("guidance_scale needs a network trained with labels and label_dropout above 0, or a --guide: "
+                        "use --guidance_scale 1")
+    if guide and config.guidance_scale == 1:
+        raise UserError("guide does nothing at guidance_scale 1: use --guidance_scale 2, or leave --guide out")
+    return Loaded(state, config, spec, *load_net(options.ckpt, state, config, spec, device, options.weights), guide)
+
+
 def main(arguments: list[str]) -> None:
-    choices = {name: CHOICES[name] for name in ("sampler", "grid", "sde_diffusion")}
-    options = parse(Options, arguments, description="Draws samples from a checkpoint.", choices=choices)
+    options = parse(Options, arguments, description="Draws samples from a checkpoint.", choices=DRAWING_CHOICES)
     for problem in out_of_range(vars(options)):
         fail(problem)
     folder, png = os.path.dirname(options.out) or ".", os.path.splitext(options.out)[0] + ".png"
@@ -120,23 +158,11 @@ def main(arguments: list[str]) -> None:
         from logging_utils import image_grid, scatter_plot
         from utils import UserError, on_rank0, print0, write_atomically
 
-        state, config, spec = load_run(options.ckpt)
-        own = {f.name for f in dataclasses.fields(Config)} - {"batch_size", "device"}
-        chosen = {name: value for name, value in vars(options).items() if name in own and value is not None}
-        config = dataclasses.replace(config, sampling_batch_size=options.batch_size, **chosen)
-        for problem in out_of_range(vars(config)):
-            raise UserError(problem)
+        state, config, spec, process, net, guide = load(options, device)
         if options.labels != "all" and not config.class_conditional:
             raise UserError(f"labels {options.labels!r}: the network of {options.ckpt} takes none; leave --labels out")
-        guide = options.guide and load_guide(options.guide, config, spec, device)
-        if config.guidance_scale != 1 and not guide and not (config.class_conditional and config.label_dropout > 0):
-            raise UserError("guidance_scale needs a network trained with labels and label_dropout above 0, or a --guide: "
-                            "use --guidance_scale 1")
-        if guide and config.guidance_scale == 1:
-            raise UserError("guide does nothing at guidance_scale 1: use --guidance_scale 2, or leave --guide out")
         labels = read_labels(options.labels, options.num, spec.num_classes) if config.class_conditional else None
 
-        process, net = load_net(options.ckpt, state, config, spec, device, options.weights)
         samples = draw_all(config, spec, process, net, device, rows=range(options.num), labels=labels, sampler=config.sampler, guide=guide)
 
         def write():

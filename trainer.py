@@ -24,9 +24,10 @@ import stopping
 from build import autocast, build, draw_all, formatted, make_time_sampler
 from config import MAY_CHANGE, Config
 from couplings import COUPLINGS
-from data_utils import Batches, Dataset
+from data_utils import Batches, Dataset, spread_labels
 from ema import EMA
 from logging_utils import Logger, image_grid, scatter_plot
+from metrics import Judge
 from optimizers import learning_rate, make_optimizer, take_step
 from prediction import convert, loss_weight, target
 from utils import (
@@ -88,6 +89,7 @@ class DiffusionTrainer:
         self.skipped = 0  # steps in a row until now that were not finite
         self.saved = None  # step of the last checkpoint
         self.unsaved = False  # the last attempt to write one failed
+        self.judge = None  # made when it is first needed
 
         self.folder = os.path.join(config.ckpt_dir, config.run_name)
         parameters = sum(p.numel() for p in self.net.parameters())
@@ -104,6 +106,13 @@ class DiffusionTrainer:
             )
         if device.type == "cuda" if config.compile is None else config.compile:
             self.forward = torch.compile(self.ddp, mode=config.compile_mode)
+
+    @classmethod
+    def only_loss(cls, config: Config, spec, process, net, device: torch.device) -> "DiffusionTrainer":
+        """One that has no run, and of which `loss` alone can be called: evaluate.py takes the loss of a checkpoint."""
+        self = cls.__new__(cls)
+        self.config, self.spec, self.process, self.net, self.forward, self.device = config, spec, process, net, net, device
+        return self
 
     def start_logger(self) -> None:
         c = self.config
@@ -162,6 +171,8 @@ class DiffusionTrainer:
         with stopping.hold():
             if self.step and self.due(self.config.sample_every) and on_rank0(self.lacks_pictures):  # the run ended before they were drawn
                 self.sample()
+            if self.step and self.evaluation_is_due() and on_rank0(lambda: not self.logger.evaluated(self.step)):
+                self.evaluate()
             stop = self.loop(self.config.num_training_steps)
             self.save_for_good()
             on_rank0(self.end)
@@ -210,7 +221,9 @@ class DiffusionTrainer:
                 self.save()
             if self.due(config.sample_every):
                 self.sample()
-            if stop := agreed(now=self.due(config.sample_every)):
+            if self.evaluation_is_due():
+                self.evaluate()
+            if stop := agreed(now=self.due(config.sample_every) or self.evaluation_is_due()):
                 break
         return agreed(now=True) or stop  # once more: the last grids may have been broken off
 
@@ -361,6 +374,29 @@ class DiffusionTrainer:
                 self.step, "_".join(grid), self.picture(samples), self.picture_path(*grid)))
         self.attempt(lambda: self.logger.curves())
         self.net.train()
+        self.restart_clock()
+
+    def evaluation_is_due(self) -> bool:
+        """Whether samples are to be judged after this step: every so many, and at the end, unless the settings say never."""
+        return self.config.evaluate_every > 0 and self.due(self.config.evaluate_every)
+
+    def evaluate(self) -> None:
+        """A line of metrics of samples of the EMA weights against the training split. All processes take part.
+
+        If it cannot be done, that is told of, and training goes on; a signal breaks it off.
+        """
+        c = self.config
+        labels = spread_labels(self.dataset.labels, c.evaluation_samples) if c.class_conditional else None
+        try:
+            self.judge = self.judge or Judge(self.dataset, {"train": self.dataset}, self.device)
+            samples = draw_all(c, self.spec, self.process, self.ema.net, self.device, rows=range(c.evaluation_samples), labels=labels,
+                               sampler=c.sampler, together=True)
+            values = self.judge(samples, labels)
+            self.attempt(lambda: self.logger.log(self.step, values))
+            self.attempt(lambda: self.logger.curves())
+        except UserError as error:
+            if rank() == 0 and not stopping.asked():
+                complain(f"no evaluation at step {self.step}: {error}")
         self.restart_clock()
 
     # ---- Saving

@@ -162,6 +162,18 @@ def rank0_first(work):
     return mine[0] if mine else work(False)
 
 
+def all_or_none(work):
+    """`work()` of each process. Raises UserError on all if one met one. All processes must call it."""
+    result = failure = None
+    try:
+        result = work()
+    except UserError as error:
+        failure = str(error)
+    if gather_rows(torch.tensor([failure is not None])).any():
+        raise UserError(failure or "another process could not do what this one did")
+    return result
+
+
 def progress_bar(**settings) -> tqdm:
     """A bar on stderr where that is a terminal, as wide as it is; 80 columns where it tells no width, as in some containers."""
     try:

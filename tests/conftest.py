@@ -42,7 +42,7 @@ def process(request):
 def tiny(tmp_path, **changes) -> Config:
     """The digits preset, made so small that a step takes milliseconds."""
     settings = dict(model_channels=8, batch_size=16, num_training_steps=4, warmup_steps=2, sampling_steps=2, num_samples=10, log_every=1,
-                    sample_every=0, save_every=0, wandb="disabled", ckpt_dir=str(tmp_path))
+                    sample_every=0, save_every=0, evaluate_every=0, wandb="disabled", ckpt_dir=str(tmp_path))
     return Config(**{**PRESETS["digits"], **settings, **changes})
 
 

@@ -54,7 +54,7 @@ def test_presets_hold_only_what_differs():
 
 
 def test_sample_offers_every_setting_of_sampling_and_all_may_change():
-    section = (ROOT / "config.py").read_text().split("# ---- Sampling")[1].split("# ---- Watching")[0]
+    section = (ROOT / "config.py").read_text().split("# ---- Sampling")[1].split("# ---- Evaluation")[0]
     names = set(re.findall(r"^    (\w+):", section, re.M))
     assert len(names) > 15 and names <= MAY_CHANGE
     assert names - {"sde_sampler", "num_samples", "sampling_batch_size"} <= {field.name for field in dataclasses.fields(Options)}

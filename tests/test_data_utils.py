@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import os
+import shutil
 import tarfile
 import threading
 
@@ -14,16 +15,25 @@ import torch
 from PIL import Image
 
 import data_utils
-from data_utils import DATASETS, Batches, DataSpec, check_labels, load_dataset, make_dataset
+from data_utils import DATASETS, Batches, DataSpec, check_labels, load_dataset, make_dataset, spread_labels
 from utils import UserError
 
 # ---- Sets that need no download
 
 
 def test_digits_are_all_there():
-    data = load_dataset("digits")
-    assert data.data.shape == (1797, 1, 8, 8) and data.data.dtype == np.uint8 and data.data.max() == 255
-    assert np.bincount(data.labels).min() > 170 and data.spec.num_classes == 10
+    from sklearn.datasets import load_digits
+
+    train, test = load_dataset("digits"), load_dataset("digits", split="test")
+    assert train.data.shape == (1500, 1, 8, 8) and test.data.shape == (297, 1, 8, 8) and train.data.dtype == np.uint8
+    assert train.data.max() == 255 and train.spec.num_classes == test.spec.num_classes == 10
+    assert np.abs(np.bincount(train.labels) / 1500 - np.bincount(test.labels) / 297).max() < 0.003
+    def pairs(images, labels):
+        return sorted((*image.ravel().tolist(), int(label)) for image, label in zip(images, labels))
+
+    real = load_digits()
+    together = np.concatenate([train.data, test.data]), np.concatenate([train.labels, test.labels])
+    assert pairs(*together) == pairs(np.rint(real.images * (255 / 16)).astype(np.uint8), real.target)
 
 
 @pytest.mark.parametrize("name", ["moons", "eight_gaussians", "checkerboard"])
@@ -31,6 +41,9 @@ def test_points(name):
     data = load_dataset(name)
     assert data.data.shape == (20_000, 2) and data.data.dtype == np.float32 and len(data.labels) == 20_000
     assert np.array_equal(load_dataset(name).data, data.data)
+    test = load_dataset(name, split="test")
+    assert test.data.shape == data.data.shape and not np.isin(test.data, data.data).all(1).any()
+    assert np.abs(np.quantile(test.data, [0.1, 0.5, 0.9], axis=0) - np.quantile(data.data, [0.1, 0.5, 0.9], axis=0)).max() < 0.1
     encoded = data.spec.encode(torch.from_numpy(data.data))
     torch.testing.assert_close(encoded.mean(0), torch.zeros(2), atol=1e-4, rtol=0)
     torch.testing.assert_close(encoded.std(0), torch.ones(2), atol=1e-3, rtol=0)
@@ -57,11 +70,11 @@ def test_encode_and_decode():
 
 
 def cifar_archive(path):
-    """A CIFAR-10 archive of 50 made-up images, as published in its structure: a label and 3,072 pixels each. Its MD5, and the content."""
-    rows = np.random.default_rng(0).integers(0, 256, (50, 3073), np.uint8)
-    rows[:, 0] = np.arange(50) % 10
+    """A CIFAR-10 archive of 60 made-up images, as published in its structure: a label and 3,072 pixels each. Its MD5, and the content."""
+    rows = np.random.default_rng(0).integers(0, 256, (60, 3073), np.uint8)
+    rows[:, 0] = np.arange(60) % 10
     with tarfile.open(path, "w:gz") as tar:
-        for name, part in [(f"data_batch_{i + 1}", rows[10 * i : 10 * i + 10]) for i in range(5)] + [("test_batch", rows[:10])]:
+        for name, part in [(f"data_batch_{i + 1}", rows[10 * i : 10 * i + 10]) for i in range(5)] + [("test_batch", rows[50:])]:
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
             info.size = part.size
             tar.addfile(info, io.BytesIO(part.tobytes()))
@@ -90,9 +103,10 @@ def test_cifar10_is_downloaded_only_where_asked(server, tmp_path):
     folder, rows = server
     data = load_dataset("cifar10", here, download=True)
     assert data.data.shape == (50, 3, 32, 32) and data.data.dtype == np.uint8 and data.spec.num_classes == 10
-    assert np.array_equal(data.labels, rows[:, 0]) and np.array_equal(data.data[7, 2, 5], rows[7, 1 + 2048 + 160 :][:32])  # blue, row 5
+    assert np.array_equal(data.labels, rows[:50, 0]) and np.array_equal(data.data[7, 2, 5], rows[7, 1 + 2048 + 160 :][:32])  # blue, row 5
     os.remove(folder / "cifar-10-binary.tar.gz")
     assert np.array_equal(load_dataset("cifar10", here, download=False).data, data.data)
+    assert np.array_equal(load_dataset("cifar10", here, split="test").data.reshape(10, -1), rows[50:, 1:])
 
 
 def test_no_network_and_a_corrupt_archive(server, tmp_path):
@@ -111,12 +125,14 @@ def test_mnist_reads_its_archives(name, tmp_path):
     """IDX files as published (LeCun's format): 2 bytes zero, type, dimensions, sizes, data."""
     folder = tmp_path / ("MNIST" if name == "mnist" else "FashionMNIST") / "raw"
     folder.mkdir(parents=True)
-    images = np.random.default_rng(0).integers(0, 256, (30, 28, 28), np.uint8)
-    for stem, array in (("train-images-idx3", images), ("train-labels-idx1", np.arange(30, dtype=np.uint8) % 10)):
-        sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
-        for split in (stem, stem.replace("train", "t10k")):
-            (folder / f"{split}-ubyte").write_bytes(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())
-    data = load_dataset(name, str(tmp_path))
+    images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), np.uint8)
+    for split, rows in (("train", slice(30)), ("t10k", slice(30, None))):
+        for kind, array in (("images-idx3", images[rows]), ("labels-idx1", np.arange(40, dtype=np.uint8)[rows] % 10)):
+            sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
+            (folder / f"{split}-{kind}-ubyte").write_bytes(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())
+    data, test = load_dataset(name, str(tmp_path)), load_dataset(name, str(tmp_path), split="test")
+    assert np.array_equal(test.data[:, 0], images[30:])
+    images = images[:30]
     assert data.data.shape == (30, 1, 28, 28) and np.array_equal(data.data[:, 0], images) and data.spec.num_classes == 10
 
 
@@ -140,6 +156,22 @@ def test_image_folder(folder):
     data = load_dataset("image_folder", str(folder), image_size=16)
     assert data.data.shape == (10, 3, 16, 16) and data.labels.tolist() == [0] * 5 + [1] * 5 and data.spec.num_classes == 2
     assert data.data[0, :, 8, 8].tolist() == [200, 0, 0] and data.data[1, :, 8, 8].tolist() == [100, 100, 100]
+
+
+def test_splits_of_an_image_folder(folder, tmp_path):
+    with pytest.raises(UserError, match="has no test split: expected class folders in .*my images/train and in .*my images/test"):
+        load_dataset("image_folder", str(folder), 16, split="test")
+    for place, name in (("both", "test"), ("other", "val")):
+        shutil.copytree(folder, tmp_path / place / "train")
+        shutil.copytree(folder, tmp_path / place / name)
+        for i in (0, 1):
+            (tmp_path / place / name / "dogs" / f"{i}.png").unlink()
+        train, test = (load_dataset("image_folder", str(tmp_path / place), 16, split=split) for split in ("train", "test"))
+        assert train.labels.tolist() == [0] * 5 + [1] * 5 and test.labels.tolist() == [0] * 5 + [1] * 3
+        assert (train.note, test.note) == ("2 of 10 are JPEG files, which are lossy", "2 of 8 are JPEG files, which are lossy")
+    (tmp_path / "both" / "test" / "cats").rename(tmp_path / "both" / "test" / "birds")
+    with pytest.raises(UserError, match="has the classes birds, dogs, and .*train has cats, dogs"):
+        load_dataset("image_folder", str(tmp_path / "both"), 16, split="test")
 
 
 def test_sixteen_bits_and_transparency(folder):
@@ -188,6 +220,29 @@ def test_bad_image_folders(folder, tmp_path):
 
 
 # ---- Array files
+
+
+def test_a_file_beside_is_the_test_split(tmp_path, monkeypatch):
+    np.savez(tmp_path / "x.npz", np.zeros((9, 8, 8), np.uint8))
+    with pytest.raises(UserError, match="there is no test split .*x_test.npz"):
+        load_dataset(str(tmp_path / "x.npz"), split="test")
+    np.savez(tmp_path / "x_test.npz", np.ones((4, 8, 8), np.uint8))
+    train, test = (load_dataset(str(tmp_path / "x.npz"), split=split) for split in ("train", "test"))
+    assert train.data.shape == (9, 1, 8, 8) and test.data.shape == (4, 1, 8, 8)
+    monkeypatch.setitem(DATASETS, "mine", lambda: make_dataset(np.zeros((9, 2)), None))
+    assert len(load_dataset("mine").data) == 9
+    with pytest.raises(UserError, match="mine has no test split: let its function"):
+        load_dataset("mine", split="test")
+
+
+@pytest.mark.parametrize("counts", [[50, 50], [1, 99], [10, 20, 70]])
+def test_spread_labels(counts):
+    """Any first part has the frequencies of the whole, to a few labels."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    spread = spread_labels(labels, 1000).numpy()
+    for n in (10, 100, 1000):
+        assert np.abs(np.bincount(spread[:n], minlength=len(counts)) - np.array(counts) * n / 100).max() <= 2.5
+    assert np.array_equal(spread_labels(labels, 100), spread[:100])
 
 
 @pytest.mark.parametrize(

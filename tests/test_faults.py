@@ -263,6 +263,20 @@ def test_a_signal_breaks_off_sampling(tmp_path):
     assert len(os.listdir(tmp_path / "digits" / "samples")) == 8  # two steps, two weights, two samplers
 
 
+def test_a_signal_breaks_off_an_evaluation(tmp_path):
+    """That of step 30 would take minutes. The run that goes on makes up for it; and evaluations change nothing in what is trained."""
+    evaluations = dict(evaluate_every=30, evaluation_samples=20)
+    with Run(tmp_path, 2, **evaluations, sampling_steps=100_000) as stopped:
+        stopped.wait_for_checkpoint(30)
+        os.kill(stopped.process.pid, signal.SIGTERM)
+        status, errors = stopped.end()
+    assert status == stopping.STATUS and "at step 30, with a checkpoint" in errors and errors.count("\n") == 1, errors
+    finish(tmp_path, 2, **evaluations)
+    digest, lines = result_of(tmp_path / "digits")
+    assert [line["step"] for line in lines if "recognised" in line] == [30, 60]
+    assert (digest, [line for line in lines if "recognised" not in line]) == straight()
+
+
 def test_ctrl_c_in_a_terminal(tmp_path):
     """The terminal sends SIGINT to all processes of the foreground, the shell and wandb's among them."""
     terminal, its_end = os.openpty()

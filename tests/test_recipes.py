@@ -28,7 +28,7 @@ def train_copy(tmp_path, changed, *arguments):
     assert result.returncode == 0, result.stderr
     (last,) = [json.loads(line) for line in open(tmp_path / "digits" / "metrics.jsonl")][-1:]
     assert last["step"] == 4
-    return result, copy
+    return result, copy, last
 
 
 def row(table, code):
@@ -46,7 +46,7 @@ def test_a_new_entry_of_a_dictionary(tmp_path, title, table, arguments):
     ((file, code),) = recipe(title)
     start = f"\n{table} = {{"
     changed = [(file, start, f"\n{code}\n{start}{row(table, code)}, ")]
-    result, copy = train_copy(tmp_path, changed, *arguments)
+    _, copy, _ = train_copy(tmp_path, changed, *arguments)
     assert arguments[1] in run("python", "main.py", "--help", cwd=copy, COLUMNS="300").stdout
 
 
@@ -61,8 +61,20 @@ def test_the_oracle_in_a_script(tmp_path):
 def test_your_own_loss(tmp_path):
     ((file, code),) = recipe("Your own loss")
     old = "        return weight * mean_flat((prediction - target(config.target_type, c, batch.x0, batch.x1)) ** 2)\n"
-    result, _ = train_copy(tmp_path, [(file, old, code)])
+    train_copy(tmp_path, [(file, old, code)])
     plain = run("python", "main.py", "digits", *flags(tiny(tmp_path, run_name="plain")))
     assert plain.returncode == 0
     losses = [json.loads(open(tmp_path / name / "metrics.jsonl").readline())["loss"] for name in ("digits", "plain")]
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name, before, arguments", [
+    ("classifier_mean_shift", "    return found\n\n\ndef inception_score", []),
+    ("mean_shift", "        return found\n\n\n# ---- Features", ["--dataset", "moons", "--network", "mlp"]),
+])
+def test_your_own_metric(tmp_path, name, before, arguments):
+    ((file, code),) = recipe("Your own metric")
+    indent = re.match(" *", before)[0]
+    changed = [(file, before, f"{indent}{code.strip()}\n{before}")]
+    _, _, last = train_copy(tmp_path, changed, "--evaluate_every", "4", "--evaluation_samples", "30", *arguments)
+    assert last[name] > 0
