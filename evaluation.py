@@ -104,7 +104,7 @@ class Evaluation:
             if options.reference != "train":
                 raise
             print0(f"without a test split, and what needs it: {error}")
-        self.judge = self.make_judge()
+        self.judge, self.of_real = self.make_judge(), {}  # the metrics of real data
         self.measured_by = on_rank0(self.protocol)  # it reads all data
         elsewhere = ("ckpt", "out", "wandb", "device", "batch_size", "data_dir")
         asked = {name: value for name, value in vars(options).items() if name not in elsewhere}
@@ -186,10 +186,12 @@ class Evaluation:
         """Over the seeds; of real data; of as many samples as there are real items, if these are fewer; and what the card tells of them."""
         others, values, fewer, calls, seconds = self.others(), {}, {}, [], []
         n = min([self.num, *(len(data.data) if data else len(self.data["train"].data) // 2 for data in others.values())])
-        real, whats = {}, []
+        real, whats = self.of_real, []
         for split, other in others.items():
             found, what = self.real(split, other, n)
-            real, whats = {**found, **real}, [*whats, what]
+            for name, value in found.items():
+                real.setdefault(name, value)
+            whats.append(what)
         for k in range(self.options.seeds):
             clock = time.perf_counter()
             samples, labels, nfe = self.draw(self.options.seed + k, self.config.sampler)
@@ -362,7 +364,8 @@ class Evaluation:
         metric = next(name for name in rows[0] if name not in ("sampler", "steps", "nfe", "seconds"))
         lines = {name: ([r["nfe"] for r in rows if r["sampler"] == name], [r[metric] for r in rows if r["sampler"] == name], None)
                  for name in samplers}
-        self.picture("quality_against_cost", log_plot(lines, "network calls a sample", metric, log_x=True))
+        self.picture("quality_against_cost", log_plot(lines, "network calls a sample", metric, log_x=True,
+                                                           level=self.of_real.get(metric)))
         finite = [row for row in rows if math.isfinite(row[metric])]
         return {"points": len(rows), "metric": metric, "best": min(finite or rows, key=lambda row: row[metric])}
 

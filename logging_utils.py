@@ -295,15 +295,22 @@ def scatter_plot(samples, data=None):
     return drawn(figure)
 
 
-def log_plot(lines: dict[str, tuple], x_label: str, y_label: str, log_x: bool = False):
-    """Lines {name: (x, y, standard errors or None)} over a logarithmic y, and perhaps x -> a PIL image."""
+def log_plot(lines: dict[str, tuple], x_label: str, y_label: str, log_x: bool = False, level: float | None = None):
+    """Lines {name: (x, y, standard errors or None)} over a logarithmic y, and perhaps x, with a level of real data -> a PIL image."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for i, (name, (x, y, errors)) in enumerate(lines.items()):
-        axes.errorbar(x, y, yerr=errors, label=name, marker="o", markersize=3, linewidth=1, linestyle="-" if i < 10 else "--")
+        axes.errorbar(x, y, yerr=errors, label=name, marker="osD^v<>"[i % 7], markersize=3, linewidth=1, color=colormaps["tab20"](i))
+    if level is not None and level > 0:
+        axes.axhline(level, label="real data", color="black", linestyle="--", linewidth=1)
     axes.set(xlabel=x_label, ylabel=y_label, yscale="log", xscale="log" if log_x else "linear")
+    for axis in (axes.yaxis, *[axes.xaxis] * log_x):
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
     return drawn(figure)

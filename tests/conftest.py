@@ -17,6 +17,7 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "WANDB_API_KEY"):
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import data_utils  # noqa: E402
 from config import PRESETS, Config  # noqa: E402
 from data_utils import load_dataset  # noqa: E402
 from oracle import GaussianMixture  # noqa: E402
@@ -49,6 +50,14 @@ def tiny(tmp_path, **changes) -> Config:
 @pytest.fixture(scope="session")
 def digits():
     return load_dataset("digits")
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """Classifiers and statistics go to a folder of the tests."""
+    before, data_utils.CACHE = data_utils.CACHE, str(tmp_path_factory.mktemp("cache"))
+    yield
+    data_utils.CACHE = before
 
 
 def make(tmp_path, digits, **changes) -> DiffusionTrainer:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import assert_one_line_error, flags, gaussian, launch, make, metrics_of, run, tiny
 from PIL import Image
+from test_logging_utils import read_wandb
 
-import data_utils
 import evaluate
 import saving
 from cards import git_commit
@@ -23,14 +23,7 @@ from trainer import DiffusionTrainer
 from utils import UserError
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    """Classifiers and statistics go to a folder of the tests."""
-    before, data_utils.CACHE = data_utils.CACHE, str(tmp_path_factory.mktemp("cache"))
-    yield
-    data_utils.CACHE = before
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +216,7 @@ def test_labels_are_as_frequent_as_in_the_data(runs, tmp_path):
 def test_network_calls_count_guidance_and_what_an_adaptive_solver_takes(runs, tmp_path):
     plain, guided = (evaluation(runs, "digits", tmp_path, num=10, guidance_scale=s).draw(0, "euler")[2] for s in (1.0, 2.0))
     assert (plain, guided) == (2, 4)
+    assert evaluation(runs, "digits", tmp_path, num=10, guidance_scale=2.0, guide=str(runs / "digits" / "last.pt")).draw(0, "euler")[2] == 4
     e = evaluation(runs, "digits", tmp_path, num=10)
     calls = [e.draw(0, "dopri5", rtol=tolerance, atol=tolerance)[2] for tolerance in (1e-1, 1e-4)]
     assert 5 < calls[0] < calls[1]
@@ -249,6 +243,18 @@ def test_two_processes_give_the_same_card(runs, tmp_path):
     for name in ("samples.png", "neighbours.png"):
         a, b = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("one", "two"))
         assert abs(a - b).max() <= 1, name
+
+
+def test_wandb_has_the_numbers_and_the_pictures(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    card = evaluation(runs, "digits", tmp_path, likelihood_num=5, loss_num=100).run()
+    config, history = read_wandb(tmp_path / "out")
+    (line,) = [line for line in history if "recognised" in line]
+    assert line["recognised"] == card["metrics"]["recognised"]["mean"] and line["step"] == 20
+    assert line["bits_per_dim"] == pytest.approx(card["likelihood"]["bits_per_dim"])
+    assert {"samples/path", "neighbours/path", "loss_by_t/path"} & set(line) or {"samples", "neighbours", "loss_by_t"} <= {
+        name.split("/")[0] for name in line}
+    assert config["protocol"]["samples"] == 40
 
 
 # ---- Cards side by side

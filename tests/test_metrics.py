@@ -24,14 +24,7 @@ from metrics import (
 from utils import UserError
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    """Classifiers and statistics go to a folder of the tests."""
-    before, data_utils.CACHE = data_utils.CACHE, str(tmp_path_factory.mktemp("cache"))
-    yield
-    data_utils.CACHE = before
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def normal(n, d, key, mean=0.0, std=1.0):
