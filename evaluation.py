@@ -140,6 +140,9 @@ class Evaluation:
     def make_judge(self) -> Judge:
         """The judge of the reference splits. With extractor auto, by the classifier if Inception's weights cannot be had."""
         o, (channels, *sides) = self.options, self.spec.shape
+        if o.extractor != "auto" and not self.spec.is_image or o.extractor == "classifier" and o.inception_weights:
+            raise UserError(f"extractor {o.extractor} and inception_weights {o.inception_weights}: the first is for images, the second for "
+                            "Inception; leave one or both out")
         references = {split: self.data[split] for split in (["train", "test"] if o.reference == "both" else [o.reference])}
         auto = o.extractor == "auto" and not o.inception_weights  # who gives a file wants Inception
         kind = ("inception" if self.spec.is_image and channels >= 3 and min(sides) >= 32 else "classifier") if auto else o.extractor

@@ -34,7 +34,7 @@ from utils import (
     write_atomically,
 )
 
-CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_RATE = 400, 256, 1e-2  # some 50 s on two cores for images of 32 x 32
+CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_RATE = 400, 256, 1e-2  # some 70 s on two cores for images of 32 x 32
 
 
 def content(data: np.ndarray) -> str:

@@ -295,6 +295,8 @@ def test_one_line_errors(runs, tmp_path, capfd):
         (["--ckpt", digits, "--curve", "0"], "expected numbers of network calls"),
         (["--ckpt", digits, "--extractor", "inceptoin"], "invalid choice"),
         (["--ckpt", digits, "--extractor", "inception", "--inception_weights", "none.pth"], "is no file"),
+        (["--ckpt", digits, "--extractor", "classifier", "--inception_weights", "x.pth"], "leave one or both out"),
+        (["--ckpt", runs / "points" / "last.pt", "--extractor", "classifier"], "is for images"),
         (["--ckpt", digits, "--out", digits], "cannot make the folder"),
         (["--ckpt", tmp_path / "last.pt"], "set --data_dir"),
         (["--ckpt", digits, "--sampelr", "heun"], "did you mean --sampler"),
