@@ -23,7 +23,7 @@ from couplings import COUPLINGS
 from data_utils import Dataset, load_dataset, spread_labels
 from extractors import EXTRACTORS, content
 from likelihood import bits_per_dim, log_likelihoods
-from logging_utils import close_wandb, image_grid, log_plot, scatter_plot, start_wandb
+from logging_utils import close_wandb, image_grid, log_plot, picture_of, start_wandb
 from metrics import Judge, nearest
 from sample import Drawing, load, load_net
 from sampling import ODE_SAMPLERS, SDE_SAMPLERS, Field
@@ -144,9 +144,9 @@ class Evaluation:
             raise UserError(f"extractor {o.extractor} and inception_weights {o.inception_weights}: the first is for images, the second for "
                             "Inception; leave one or both out")
         references = {split: self.data[split] for split in (["train", "test"] if o.reference == "both" else [o.reference])}
-        auto = o.extractor == "auto" and not o.inception_weights  # who gives a file wants Inception
-        kind = ("inception" if self.spec.is_image and channels >= 3 and min(sides) >= 32 else "classifier") if auto else o.extractor
-        kind, extractor = "inception" if kind == "auto" else kind, None
+        auto, kind, extractor = o.extractor == "auto" and not o.inception_weights, o.extractor, None  # who gives a file wants Inception
+        if kind == "auto":
+            kind = "inception" if o.inception_weights or self.spec.is_image and channels >= 3 and min(sides) >= 32 else "classifier"
         if kind != "classifier" and self.spec.is_image:
             try:
                 extractor = choose(EXTRACTORS, kind, train=self.data["train"], device=self.device, inception_weights=o.inception_weights)
@@ -207,7 +207,7 @@ class Evaluation:
             if k == 0:
                 self.samples = samples[: max(2000, self.options.neighbours_num)].clone()
         self.seconds["sampling, one seed"] = round(float(np.mean(seconds)), 2)
-        self.picture("samples", self.show(self.samples))
+        self.picture("samples", picture_of(self.samples, self.data["train"].data[: len(self.samples)]))
         found = {"nfe": float(np.mean(calls)), "metrics": summary(values, {} if fewer else real)}
         beside = {"items": n, "what": whats}
         return {**found, "real": {**beside, "metrics": summary(fewer, real)} if fewer else beside}
@@ -223,10 +223,6 @@ class Evaluation:
             "extractor": {"name": extractor.name, "sha256": extractor.sha256} if extractor else None,
             "classifier": classifier.sha256 if classifier else None,
         }
-
-    def show(self, samples: Tensor):
-        """A picture of the first samples."""
-        return image_grid(samples[:100], 10) if self.spec.is_image else scatter_plot(samples, self.data["train"].data[: len(samples)])
 
     # ---- Likelihood
 
@@ -348,15 +344,17 @@ class Evaluation:
         samplers = {**ODE_SAMPLERS, **({} if COUPLINGS[self.config.coupling] else SDE_SAMPLERS)}
         for name, sampler in samplers.items():
             for k, calls in enumerate(sorted(self.options.curve)):
-                steps = 1 if name == "dopri5" else steps_for(sampler, calls - self.config.denoise, **settings)
-                changes = {"rtol": 10.0 ** -(k + 1), "atol": 10.0 ** -(k + 1)} if name == "dopri5" else {"sampling_steps": steps}
-                if steps == 0:
+                if name == "dopri5":
+                    changes = {"rtol": 10.0 ** -(k + 1), "atol": 10.0 ** -(k + 1)}
+                else:
+                    changes = {"sampling_steps": steps_for(sampler, calls - self.config.denoise, **settings)}
+                if changes.get("sampling_steps") == 0:
                     continue
                 clock = time.perf_counter()
                 try:
                     samples, labels, nfe = self.draw(self.options.seed, name, **changes)
                     seconds = round(time.perf_counter() - clock, 2)
-                    rows.append({"sampler": name, "steps": "" if name == "dopri5" else steps, "nfe": nfe, "seconds": seconds,
+                    rows.append({"sampler": name, "steps": changes.get("sampling_steps", ""), "nfe": nfe, "seconds": seconds,
                                  **self.judge(samples, labels)})
                 except UserError as error:
                     print0(f"{name} with {calls} network calls is left out: {error}")

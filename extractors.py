@@ -9,7 +9,6 @@ To add an extractor, write such a class and give it a row in EXTRACTORS.
 """
 
 import hashlib
-import io
 import os
 
 import numpy as np
@@ -20,7 +19,7 @@ import data_utils
 import stopping
 from data_utils import Dataset
 from logging_utils import no_answer
-from saving import digest
+from saving import digest, write_tensors
 from utils import (
     Progress,
     UserError,
@@ -31,7 +30,6 @@ from utils import (
     on_rank0,
     rank0_first,
     share,
-    write_atomically,
 )
 
 CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_RATE = 400, 256, 1e-2  # some 70 s on two cores for images of 32 x 32
@@ -57,13 +55,9 @@ def cached(name: str, make) -> dict:
             return torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # a damaged file fails in many ways
             raise UserError(f"{path} cannot be read ({type(error).__name__}): remove it, and it is made anew") from error
-    made, buffer = make(), io.BytesIO()  # torch.save into a file tells a full disk as an internal error
-    torch.save(made, buffer)
-    try:
-        os.makedirs(data_utils.CACHE, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {data_utils.CACHE} ({error.strerror})") from error
-    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+    made = make()
+    os.makedirs(data_utils.CACHE, exist_ok=True)
+    write_tensors(path, made)
     return made
 
 
@@ -129,10 +123,9 @@ def make_classifier(train: Dataset, device, **_) -> Classifier:
             train_classifier(net.train(), train.data, train.labels, device)
         return {name: value.cpu() for name, value in net.state_dict().items()}
 
-    labelled = "" if train.labels is None else content(train.labels)
-    recipe = f"{CLASSIFIER_STEPS} {CLASSIFIER_BATCH} {CLASSIFIER_RATE} {net}"
-
     def find():
+        labelled = "" if train.labels is None else content(train.labels)
+        recipe = f"{CLASSIFIER_STEPS} {CLASSIFIER_BATCH} {CLASSIFIER_RATE} {net}"
         key = hashlib.sha256(f"{content(train.data)} {labelled} {recipe}".encode()).hexdigest()[:16]
         return cached(f"classifier-{key}", make)
 

@@ -295,6 +295,11 @@ def scatter_plot(samples, data=None):
     return drawn(figure)
 
 
+def picture_of(samples, data=None):
+    """A picture of samples: the first hundred uint8 images (N, C, H, W), ten a row, or all vectors (N, D), beside data (M, D) if given."""
+    return image_grid(samples[:100], 10) if samples.ndim == 4 else scatter_plot(samples, data)
+
+
 def log_plot(lines: dict[str, tuple], x_label: str, y_label: str, log_x: bool = False, level: float | None = None):
     """Lines {name: (x, y, standard errors or None)} over a logarithmic y, and perhaps x, with a level of real data -> a PIL image."""
     from matplotlib import colormaps

@@ -155,7 +155,7 @@ def main(arguments: list[str]) -> None:
         import numpy as np
 
         from build import draw_all
-        from logging_utils import image_grid, scatter_plot
+        from logging_utils import picture_of
         from utils import UserError, on_rank0, print0, write_atomically
 
         state, config, spec, process, net, guide = load(options, device)
@@ -170,8 +170,7 @@ def main(arguments: list[str]) -> None:
             if labels is not None:
                 arrays["arr_1"] = labels.numpy()
             write_atomically(options.out, lambda file: np.savez(file, **arrays))
-            first = samples[:100] if spec.is_image else samples
-            picture = image_grid(first, columns=10) if spec.is_image else scatter_plot(first)
+            picture = picture_of(samples)
             write_atomically(png, lambda file: picture.save(file, format="PNG"))
 
         on_rank0(write)

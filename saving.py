@@ -52,6 +52,13 @@ def digest(content) -> str:
     return hashed.hexdigest()
 
 
+def write_tensors(path: str, content: dict) -> None:
+    """torch.save, as a whole or not at all. Raises UserError if the disk is full or cannot be written."""
+    buffer = io.BytesIO()  # torch.save into a file tells a full disk as an internal error
+    torch.save(content, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
 def save(folder: str, state: dict, keep: int = 2, milestone_every: int = 0) -> None:
     """Writes `state` as the newest checkpoint of the run, as a whole or not at all, and removes old ones.
 
@@ -60,9 +67,7 @@ def save(folder: str, state: dict, keep: int = 2, milestone_every: int = 0) -> N
     """
     step, last = state["step"], os.path.join(folder, LAST)
     path = os.path.join(folder, f"step_{step:07d}.pt")
-    buffer = io.BytesIO()  # torch.save into a file tells a full disk as an internal error
-    torch.save({**state, "sha256": digest(state)}, buffer)
-    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+    write_tensors(path, {**state, "sha256": digest(state)})
     try:
         os.link(path, f"{last}.tmp")
         os.replace(f"{last}.tmp", last)
