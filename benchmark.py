@@ -122,13 +122,16 @@ def machine(device) -> dict:
 
 def main(arguments: list[str]) -> None:
     options = read_options(arguments)
-    with set_up(options.device, options.tf32, options.timeout) as device, contextlib.ExitStack() as stack:
+    with set_up(options.device, options.tf32, options.timeout, options.cudnn_benchmark) as device, contextlib.ExitStack() as stack:
         import measuring
-        from build import check_settings
+        from build import check_bf16, check_settings, uses_bf16
         from peers import measure_peers
         from utils import UserError, on_rank0, print0, rank, world_size, write_atomically
 
-        options.bf16 = device.type == "cuda" if options.bf16 is None else options.bf16
+        check_bf16(options, device)
+        options.bf16 = uses_bf16(options, device)
+        if len(measuring.kinds(options, device)) == 1:
+            print0("this device has no bfloat16 of its own: it is not measured")
         dataset = measuring.load(options)
         small = device.type == "cpu" and math.prod(dataset.spec.shape) >= 1000  # such networks take seconds for a batch
         if options.batch_size is None:
@@ -161,7 +164,7 @@ def main(arguments: list[str]) -> None:
         if trainer.logger:
             trainer.logger.finish()
         content = {"machine": here, "settings": dataclasses.asdict(options), "rows": table.rows}
-        on_rank0(lambda: write_atomically(options.out, lambda file: file.write(json.dumps(content, indent=1).encode())))
+        on_rank0(lambda: write_atomically(options.out, json.dumps(content, indent=1)))
         print0(f"\n{options.out}")
 
 

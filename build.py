@@ -20,9 +20,28 @@ from processes import Process, make_process
 from sampling import SDE_SAMPLERS, Field, draw, make_grid
 from time_samplers import TIME_SAMPLERS, Uniform
 from unet import UNet
-from utils import Heartbeat, Progress, UserError, choose, gather_rows, make_seed, share
+from utils import (
+    Heartbeat,
+    Progress,
+    UserError,
+    choose,
+    complain,
+    find,
+    gather_rows,
+    make_seed,
+    native_bf16,
+    parameters_of,
+    print0,
+    rank,
+    share,
+)
 
 NETWORKS = {"unet": UNet, "mlp": MLP}
+
+# Calls of the network from which compiling it pays on a GPU: it takes some 30 to 90 s there, and about halves the time of a call.
+# These are estimates.
+TRAINING_CALLS, SAMPLING_CALLS = 10_000, 1000
+COMPILING = "compiling the network: the first call takes a minute or so"
 
 
 def check_settings(config: Config) -> None:
@@ -60,6 +79,12 @@ def check_settings(config: Config) -> None:
     make_grid(**{**settings, "n": config.sampling_steps, "process": process})
 
 
+def ignored(config: Config) -> list[str]:
+    """The settings that differ from the defaults, and that other networks read but not the chosen one."""
+    others = set().union(*map(parameters_of, NETWORKS.values())) - parameters_of(NETWORKS[config.network])
+    return [name for name, value in vars(config).items() if name in others and value != getattr(Config, name)]
+
+
 def make_time_sampler(config: Config, process: Process) -> Uniform:
     """The time sampler of the settings. Raises UserError if they make none."""
     return choose(TIME_SAMPLERS, config.time_sampler, **{**vars(config), "process": process})
@@ -71,6 +96,9 @@ def build(config: Config, spec: DataSpec, device: torch.device) -> tuple[Process
     num_classes = spec.num_classes if config.class_conditional else 0
     if config.class_conditional and not num_classes:
         raise UserError(f"class_conditional is set, but {config.dataset} has no labels: use --class_conditional False")
+    if num_classes and "num_classes" not in parameters_of(find(NETWORKS, config.network)):
+        raise UserError(f"class_conditional is set, but network {config.network} takes no num_classes: let it take labels, or use "
+                        "--class_conditional False")
     torch.manual_seed(make_seed(config.seed, "weights"))
     try:
         net = choose(NETWORKS, config.network, **settings, data_shape=spec.shape, num_classes=num_classes)
@@ -85,10 +113,29 @@ def build(config: Config, spec: DataSpec, device: torch.device) -> tuple[Process
     return process, net
 
 
+def uses_bf16(config: Config, device: torch.device) -> bool:
+    """Whether the network runs in bfloat16: on a GPU that has it, unless the settings say no; on a CPU if they say so."""
+    return config.bf16 is not False and native_bf16(device) if device.type == "cuda" else bool(config.bf16)
+
+
+def check_bf16(config: Config, device: torch.device) -> None:
+    """Raises UserError if bf16 is set, and this GPU has none; prints a line if this CPU emulates it."""
+    if config.bf16 and not native_bf16(device):
+        if device.type == "cuda":
+            raise UserError(f"bf16 is set, but {torch.cuda.get_device_name(device)} has no bfloat16, which GPUs have from capability 8.0 "
+                            "on (A100, RTX 30): use --bf16 False")
+        if rank() == 0:
+            complain("bf16 is set, but this CPU emulates bfloat16, several times slower than float32: --bf16 False is faster")
+
+
 def autocast(config: Config, device: torch.device):
     """The context in which the network runs: bfloat16 or float32."""
-    bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device))
+
+
+def compiles(config: Config, device: torch.device, calls: float, enough: int) -> bool:
+    """Whether the network is compiled: if the settings allow it, which by default they do on a GPU, and so many calls are `enough`."""
+    return (device.type == "cuda" if config.compile is None else config.compile) and calls >= enough
 
 
 def formatted(config: Config, x: Tensor) -> Tensor:
@@ -96,34 +143,45 @@ def formatted(config: Config, x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and config.channels_last else x
 
 
-def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device: torch.device, *, rows: range, labels: Tensor | None,
-             sampler: str, guide: nn.Module | None = None, together: bool = False) -> Tensor:
-    """Samples `rows`, shared among all processes, decoded, on the CPU of every process: uint8 images or float vectors (N, ...).
+def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device: torch.device, *, rows: range,
+             labels: Tensor | None, sampler: str, guide: nn.Module | None = None, together: bool = False) -> tuple[Tensor, float]:
+    """Samples `rows`, shared among all processes, decoded, on the CPU of every process: uint8 images or float vectors (N, ...); and the
+    network calls that a sample took.
 
-    `labels` (N,) are those of all samples from 0 on. The settings of sampling are those of `config`. `guide` is a network for autoguidance.
-    If one process fails, it raises UserError at once, or, with `together`, all do when all are done.
+    `labels` (N,) are those of all samples from 0 on. The settings of sampling are those of `config`. `guide` is a network for
+    autoguidance. If one process fails, it raises UserError at once, or, with `together`, all do when all are done.
     """
+    mine, heart, calls, items = share(len(rows)), Heartbeat(config.timeout), 0, 0
+    compiled = compiles(config, device, config.sampling_steps * len(mine) / config.sampling_batch_size, SAMPLING_CALLS)
+    if compiled:
+        print0(COMPILING)
 
-    def counted(net):
+    def watched(net):
+        forward = torch.compile(net) if compiled else net
+
         def network(xt, t, label):
+            nonlocal calls
             if number := stopping.asked():  # in training, which holds the signals
                 raise UserError(f"broken off by {stopping.name(number)}")
             progress.update()
             heart.beat()
+            calls += 1
+            if compiled and label is None and config.class_conditional:  # one graph serves both
+                label = torch.full(t.shape, spec.num_classes, device=device)
             with autocast(config, device):
-                return net(formatted(config, xt), t, label)
+                return forward(formatted(config, xt), t, label)
 
         return network
 
-    mine, heart = share(len(rows)), Heartbeat(config.timeout)
     settings = {**vars(config), "process": process, "sampler": sampler, "device": device, "batch_size": config.sampling_batch_size}
-    batches = draw(counted(net), rows=rows[mine.start : mine.stop], shape=spec.shape, labels=labels,
-                   guide=guide and counted(guide), **settings)
+    batches = draw(watched(net), rows=rows[mine.start : mine.stop], shape=spec.shape, labels=labels, guide=guide and watched(guide),
+                   whole_batches=compiled, **settings)
     decoded, wrong = [torch.empty(0, *spec.shape, dtype=torch.uint8 if spec.is_image else torch.float32)], None
     try:
         with Progress(f"{sampler}: 0 of {len(mine)} samples", unit="network call") as progress:
             for batch in batches:
                 decoded.append(spec.decode(batch).cpu())
+                items, calls = items + calls * len(batch), 0
                 progress.update(0, f"{sampler}: {sum(map(len, decoded))} of {len(mine)} samples")
     except UserError as error:
         if not together:
@@ -133,4 +191,4 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
     samples = gather_rows(torch.cat(decoded))
     if len(samples) < len(rows):
         raise wrong or UserError("another process could not draw its samples")
-    return samples
+    return samples, gather_rows(torch.tensor([items])).sum().item() / len(rows)

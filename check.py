@@ -15,7 +15,7 @@ from likelihood import PROBES, flow, log_likelihood
 from oracle import GaussianMixture
 from prediction import PREDICTIONS, convert, target
 from processes import PROCESSES, Process
-from sampling import DIFFUSIONS, ODE_SAMPLERS, SDE_SAMPLERS, Field, dopri5, make_grid
+from sampling import DIFFUSIONS, ODE_SAMPLERS, SAMPLERS, SDE_SAMPLERS, Field, dopri5, make_grid
 from utils import call, progress_bar
 
 T_MIN, T_MAX = 1e-4, 0.9999
@@ -53,13 +53,13 @@ def relative(mine: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def derivative_error(process: Process) -> float:
-    """alpha_dot and sigma_dot against automatic differentiation, float64, relative."""
-    t, errors = torch.linspace(T_MIN, T_MAX, 999, dtype=torch.float64), []
+    """alpha_dot, sigma_dot and delta against automatic differentiation, float64, relative."""
+    t = torch.linspace(T_MIN, T_MAX, 999, dtype=torch.float64)
+    c, exact = process.coefs(t), {}
     for name in ("alpha", "sigma"):
-        exact = torch.func.jvp(getattr(process, name), (t,), (torch.ones_like(t),))[1]
-        mine = getattr(process, name + "_dot")(t)
-        errors.append(((mine - exact).abs() / exact.abs().clamp(min=1e-300)).max())
-    return greatest(errors)
+        exact[f"{name}_dot"] = torch.func.jvp(getattr(process, name), (t,), (torch.ones_like(t),))[1]
+    exact["delta"] = c.sigma * exact["sigma_dot"] - exact["alpha_dot"] / c.alpha * c.sigma**2
+    return greatest(((getattr(c, name) - y).abs() / y.abs().clamp(min=1e-300)).max() for name, y in exact.items())
 
 
 def float32_error(process: Process) -> float:
@@ -128,6 +128,29 @@ def dopri5_error(process: Process) -> float:
     return relative(dopri5(Field(one, process, "velocity"), x, [high, low], rtol=1e-8, atol=1e-8), one.flow(x, high, low))
 
 
+def edm_error(process: Process) -> float:
+    """`heun` and `edm_churn` against EDM's algorithms, by 18 levels and the step to x0, with the same noise at all levels.
+
+    They are Karras et al. 2022, algorithms 1 (churn 0) and 2, for any s(t) = alpha and sigma(t) = sigma / alpha.
+    """
+    ts, errors = make_grid(17, time_of(process, 0.002), time_of(process, 80.0), "edm", process=process, rho=7.0), []
+    field, start = Field(mixture(process), process, "velocity"), mixture(process).sample(64, seeded(), ts[0])[0]
+    for sampler, churn in (("heun", 0.0), ("edm_churn", 30.0)):
+        settings = dict(noise=lambda: 0.5, churn=churn, churn_min=0.0, churn_max=math.inf, denoise=True)
+        got, x = call(SAMPLERS[sampler], field=field, x=start, ts=ts, **settings), start
+        for t, t_next in zip(ts, [*ts[1:], None]):
+            c = process.at(t)
+            level = c.sigma / c.alpha
+            raised = level * (1 + min(churn / 18, 2**0.5 - 1))
+            t = process.inverse(-2 * raised.log()).item()
+            x = process.at(t).alpha * (x / c.alpha + (raised**2 - level**2).sqrt() * 0.5)
+            if t_next is not None:
+                d, dt = field.velocity(x, t), t_next - t
+                x = x + dt / 2 * (d + field.velocity(x + dt * d, t_next))
+        errors.append(relative(got, field(x, t, "x0")))
+    return greatest(errors)
+
+
 def sde_error(process: Process, sampler: str, n: int = 4000) -> float:
     """The worst of mean, covariance and weights of n samples at sigma / alpha = 0.02, in standard errors of n exact samples, for the worst
     of the diffusion coefficients, where the sampler has one.
@@ -189,6 +212,7 @@ CHECKS = {
     "every conversion against the exact prediction, relative error": (conversion_error, 0, 1e-9),
     **{f"{name}: order": (functools.partial(order, sampler=name), n - 0.2, n + 0.2) for name, n in ORDERS.items()},
     "dopri5, tolerance 1e-8, against the exact flow, relative error": (dopri5_error, 0, 1e-6),
+    "heun and edm_churn against EDM's algorithms 1 and 2, relative error": (edm_error, 0, 1e-9),
     **{f"{name}, {n} steps: mean, covariance, weights, standard errors": (functools.partial(sde_error, sampler=name), 0, 4)
        for name, n in STEPS.items()},
     "log-likelihood, exact trace, there and back, nats": (likelihood_error, 0, 1e-3),

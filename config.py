@@ -30,7 +30,7 @@ class Config:
     process: str = "rf"  # How data turns into noise.
     beta_min: float = 0.1  # linear_vp, sub_vp: noise rate beta at t = 0.
     beta_max: float = 20.0  # linear_vp, sub_vp: noise rate beta at t = 1.
-    sigma_min: float = 0.002  # ve, ve_linear, edm: sigma at t = 0 (Song et al. 2021 take 0.01 for ve).
+    sigma_min: float = 0.002  # ve, ve_linear, edm: sigma at t = 0, which only ve_linear and edm let be 0 (Song et al. 2021: 0.01 for ve).
     sigma_max: float = 80.0  # ve, ve_linear, edm: sigma at t = 1 (Song et al. 2021 take 50 for ve).
     rho: float = 7.0  # Process edm and grid edm: sigma^(1 / rho) takes equal steps.
     coupling: str = "independent"  # Which noise goes with which data; ot_within_class for labels. All processes see all rows.
@@ -54,6 +54,8 @@ class Config:
     time_beta_a: float = 1.0  # beta: first parameter of the Beta distribution; larger means more noise.
     time_beta_b: float = 2.0  # beta: second parameter; larger means less noise.
     mode_scale: float = 1.29  # mode: above 0 prefers the middle, below 0 the ends; from -1 to 1.75.
+
+    trainer: str = "diffusion"  # Class of trainer.py that makes the batches and takes their loss.
 
     # ---- Network
     network: str = "unet"  # Architecture; every one is called as net(xt, t, label).
@@ -112,16 +114,17 @@ class Config:
     save_every: int = 5000  # Steps between checkpoints; 0: only at the end, or when the run is stopped.
     keep_checkpoints: int = 2  # Newest checkpoints that are kept; from the second on they stand in for a damaged one.
     milestone_every: int = 0  # Steps between checkpoints that are kept for ever; 0: none.
-    wandb: Literal["online", "offline", "disabled"] = "online"  # Without a key or a network, online falls back to offline.
+    wandb: Literal["online", "offline", "disabled"] | None = None  # None: WANDB_MODE, or online, which falls back to offline.
     wandb_project: str = "diffusion"  # Project under which wandb files the run.
 
     # ---- Devices
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one.
-    bf16: bool | None = None  # Run the network in bfloat16 (autocast). None: on a GPU only.
-    compile: bool | None = None  # Compile the network with torch.compile. None: on a GPU only.
+    bf16: bool | None = None  # Run the network in bfloat16 (autocast). None: on a GPU that has it (capability 8.0).
+    compile: bool | None = None  # Compile the network with torch.compile. None: on a GPU, for 10,000 training steps or more.
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"] = "default"  # Of torch.compile.
     channels_last: bool = True  # Keep images as (B, H, W, C) in memory, which convolutions like.
     tf32: bool = True  # Allow TF32 in float32 products on a GPU.
+    cudnn_benchmark: bool = True  # Let cuDNN try its convolutions for each shape on a GPU, and take the fastest.
     timeout: float = 10.0  # Minutes that a process waits in a step for the others, before it takes one of them to hang, and ends.
 
 
@@ -151,8 +154,9 @@ PRESETS = {
     ),
     "image_folder": dict(run_name="image_folder", dataset="image_folder", data_dir="data/images", class_conditional=True),
     "cifar10_edm": dict(
-        run_name="cifar10_edm", process="edm", model_type="edm", target_type="edm", precondition=True, time_sampler="edm_log_normal",
-        T_min=0.0, T_max=1.0, sampling_steps=17, denoise=True, sde_sampler="edm_churn",  # 18 noise levels, and 0
+        run_name="cifar10_edm", process="ve_linear", model_type="edm", target_type="edm", precondition=True,
+        time_sampler="edm_log_normal", T_min=0.0, T_max=1.0, grid="edm", sampling_steps=17, denoise=True,  # 18 noise levels, and 0
+        sde_sampler="edm_churn",
     ),
     "moons": dict(
         run_name="moons", dataset="moons", network="mlp", random_flip=False, sigma_data=1.0, dropout=0.0, batch_size=512,
@@ -171,6 +175,7 @@ CHOICES = {
     "target_type": ("prediction.py", "PREDICTIONS"),
     "loss_weighting": ("prediction.py", "LOSS_WEIGHTINGS"),
     "time_sampler": ("time_samplers.py", "TIME_SAMPLERS"),
+    "trainer": ("trainer.py", "TRAINERS"),
     "network": ("build.py", "NETWORKS"),
     "lr_schedule": ("optimizers.py", "SCHEDULES"),
     "sampler": ("sampling.py", "SAMPLERS"),
@@ -186,7 +191,7 @@ MAY_CHANGE = {
     "grid_shift", "sde_diffusion", "sde_scale", "corrector_snr", "churn", "churn_min", "churn_max", "churn_noise", "rtol", "atol",
     "denoise", "guidance_scale", "guidance_t_min", "guidance_t_max", "num_samples", "sampling_batch_size", "evaluate_every",
     "evaluation_samples", "log_every", "sample_every", "save_every", "keep_checkpoints", "milestone_every", "max_skipped_steps", "wandb",
-    "wandb_project", "device", "bf16", "compile", "compile_mode", "channels_last", "tf32", "timeout",
+    "wandb_project", "device", "bf16", "compile", "compile_mode", "channels_last", "tf32", "cudnn_benchmark", "timeout",
 }
 
 
@@ -243,14 +248,17 @@ def problems(c: Config, world_size: int) -> list[str]:
         found.append(f"T_min {c.T_min} and T_max {c.T_max}: expected 0 <= T_min < T_max <= 1, such as --T_min 1e-4 --T_max 0.9999")
     if not 0 < c.beta_min <= c.beta_max:
         found.append(f"beta_min {c.beta_min} and beta_max {c.beta_max}: expected 0 < beta_min <= beta_max, such as 0.1 and 20")
-    if not 0 < c.sigma_min < c.sigma_max:
-        found.append(f"sigma_min {c.sigma_min} and sigma_max {c.sigma_max}: expected 0 < sigma_min < sigma_max, such as 0.002 and 80")
+    if not 0 <= c.sigma_min < c.sigma_max:
+        found.append(f"sigma_min {c.sigma_min} and sigma_max {c.sigma_max}: expected 0 <= sigma_min < sigma_max, such as 0.002 and 80")
     if c.coupling == "ot_within_class" and not c.class_conditional:
         found.append("coupling ot_within_class needs labels: use --class_conditional True, or --coupling ot")
     if c.guidance_scale != 1 and not c.class_conditional:
         found.append(f"guidance_scale {c.guidance_scale} needs labels: use --class_conditional True, or --guidance_scale 1")
     if c.guidance_scale != 1 and c.class_conditional and c.label_dropout == 0:
         found.append(f"guidance_scale {c.guidance_scale} needs an unconditional field: use --label_dropout 0.1, or --guidance_scale 1")
+    if c.accumulation_steps > 1 and c.compile is not False and c.compile_mode in ("reduce-overhead", "max-autotune"):
+        found.append(f"compile_mode {c.compile_mode} keeps gradients in CUDA graphs, where each of {c.accumulation_steps} parts of a batch "
+                     "overwrites that before: use --compile_mode default, or --accumulation_steps 1")
     if not c.channel_mults or min(c.channel_mults) < 1:
         found.append(f"channel_mults {c.channel_mults}: expected one positive number for each resolution, such as 1 2 2")
     if not c.run_name or "/" in c.run_name or c.run_name.startswith("."):

@@ -66,18 +66,39 @@ class Dataset:
     labels: np.ndarray | None  # (N,) int64
     spec: DataSpec
     note: str = ""  # what one must know to compare figures, as of files that lost something
+    name: str = ""  # decides, beside the seed, on the order in which it is read
 
 
 SPLITS = ("train", "test")
 
 
-def make_dataset(data: np.ndarray, labels: np.ndarray | None) -> Dataset:
-    """A data set of images (N, C, H, W) uint8 or vectors (N, D), with labels (N,) of whole numbers from 0, or None."""
-    labels = None if labels is None else np.asarray(labels, np.int64)
-    num_classes = 0 if labels is None else int(labels.max()) + 1
-    if data.ndim == 4:
+def make_dataset(data: np.ndarray, labels: np.ndarray | None, source: str = "make_dataset") -> Dataset:
+    """A data set of images (N, C, H, W) uint8, C 1, 3 or 4, or vectors (N, D), with labels (N,) of whole numbers from 0, or None.
+
+    Raises UserError, which names `source`, for anything else.
+    """
+    for what, given in (("data", data), ("labels", labels)):
+        if not isinstance(given, np.ndarray) and given is not None:
+            raise UserError(f"{source}: {what} are of type {type(given).__name__}: expected an array of numpy")
+    is_images = data.ndim == 4 and data.dtype == np.uint8 and data.shape[1] in (1, 3, 4)
+    is_vectors = data.ndim == 2 and data.dtype.kind in "iuf"
+    if not (is_images or is_vectors) or 0 in data.shape:
+        raise UserError(f"{source}: data are {data.dtype} of shape {data.shape}: expected vectors (N, D), or images (N, C, H, W) uint8 "
+                        "with C 1, 3 or 4")
+    num_classes = 0
+    if labels is not None:
+        if labels.shape != (len(data),) or labels.dtype.kind not in "iu":
+            raise UserError(f"{source}: labels are {labels.dtype} of shape {labels.shape}: expected whole numbers of shape ({len(data)},)")
+        if labels.min() < 0 or labels.max() >= max(len(data), 10_000):
+            raise UserError(f"{source}: labels run from {labels.min()} to {labels.max()}: expected the numbers of the classes, from 0; "
+                            "number them anew")
+        labels, num_classes = labels.astype(np.int64), int(labels.max()) + 1
+    if is_images:
         return Dataset(data, labels, DataSpec(tuple(data.shape[1:]), num_classes, [127.5], [127.5]))
-    data = np.asarray(data, np.float32)
+    with np.errstate(over="ignore"):
+        data = data.astype(np.float32)
+    if not np.isfinite(data).all():
+        raise UserError(f"{source}: data hold values that are not finite in float32: expected finite numbers; remove or scale these rows")
     std = data.std(0, dtype=np.float64)
     spec = DataSpec(tuple(data.shape[1:]), num_classes, data.mean(0, dtype=np.float64).tolist(), np.where(std > 0, std, 1.0).tolist())
     return Dataset(data, labels, spec)
@@ -244,7 +265,7 @@ def image_folder(data_dir: str, image_size: int, split: str) -> Dataset:
             if old.endswith(".npy") or time.time() - os.path.getmtime(old) > 3600:
                 os.remove(old)
         write_atomically(cache, write)
-    dataset = make_dataset(np.load(cache, mmap_mode="r"), np.asarray(labels))
+    dataset = make_dataset(np.load(cache, mmap_mode="r"), np.array(labels), data_dir)
     dataset.note = f"{lossy} of {len(paths)} are JPEG files, which are lossy" if lossy else ""
     return dataset
 
@@ -264,29 +285,7 @@ def from_array_file(path: str) -> Dataset:
         data = data[:, None]
     elif data.ndim == 4 and data.dtype == np.uint8 and data.shape[3] in (1, 3, 4):
         data = np.ascontiguousarray(data.transpose(0, 3, 1, 2))
-    is_images = data.ndim == 4 and data.dtype == np.uint8 and data.shape[1] in (1, 3, 4)
-    is_vectors = data.ndim == 2 and data.dtype.kind in "iuf"
-    if not (is_images or is_vectors) or 0 in data.shape:
-        raise UserError(f"{path} holds {data.dtype} of shape {data.shape}: expected vectors (N, D) or uint8 images (N, H, W), (N, H, W, C) "
-                        "or (N, C, H, W) with C 1, 3 or 4")
-    if is_vectors:
-        with np.errstate(over="ignore"):
-            data = data.astype(np.float32)
-        if not np.isfinite(data).all():
-            raise UserError(f"{path} holds values that are not finite in float32: expected finite numbers; remove or scale these rows")
-    if labels is not None:
-        check_label_array(path, labels, len(data))
-    return make_dataset(data, labels)
-
-
-def check_label_array(path: str, labels, n: int) -> None:
-    """Raises UserError if `labels` are no class numbers of n items."""
-    if not isinstance(labels, np.ndarray) or labels.shape != (n,) or labels.dtype.kind not in "iu":
-        found = f"{labels.dtype} of shape {labels.shape}" if isinstance(labels, np.ndarray) else "no array"
-        raise UserError(f"{path}: labels arr_1 are {found}: expected whole numbers of shape ({n},)")
-    if labels.min() < 0 or labels.max() >= max(n, 10_000):
-        raise UserError(f"{path}: labels arr_1 run from {labels.min()} to {labels.max()}: expected the numbers of the classes, from 0; "
-                        "number them anew")
+    return make_dataset(data, labels, path)
 
 
 DATASETS = {
@@ -326,10 +325,13 @@ def load_dataset(name: str, data_dir: str = "data", image_size: int = 32, downlo
             name = "_test".join(os.path.splitext(name))
             if not os.path.exists(name):
                 raise UserError(f"there is no test split {name}: expected a file of the same kind as that for training")
-        return from_array_file(name)
-    if split == "test" and name in DATASETS and "split" not in parameters_of(DATASETS[name]):
-        raise UserError(f"{name} has no test split: let its function in data_utils.py take `split`, train or test")
-    return choose(DATASETS, name, data_dir=data_dir, image_size=image_size, download=download, split=split)
+        dataset = from_array_file(name)
+    else:
+        if split == "test" and name in DATASETS and "split" not in parameters_of(DATASETS[name]):
+            raise UserError(f"{name} has no test split: let its function in data_utils.py take `split`, train or test")
+        dataset = choose(DATASETS, name, data_dir=data_dir, image_size=image_size, download=download, split=split)
+    dataset.name = dataset.name or f"{name} {split}"
+    return dataset
 
 
 def spread_labels(labels: np.ndarray, n: int) -> Tensor:
@@ -339,7 +341,7 @@ def spread_labels(labels: np.ndarray, n: int) -> Tensor:
 
 
 class Batches:
-    """The rows of a data set that step s takes: epoch after epoch, each in a random order that is a function of (seed, epoch).
+    """The rows of a data set that step s takes: epoch after epoch, each in a random order that is a function of (seed, name, epoch).
 
     Called with a step it gives the items `rows` (a slice) of the global batch: uint8 or float32 (B, ...), and labels (B,) or None.
     """
@@ -349,7 +351,7 @@ class Batches:
         self.order = functools.lru_cache(maxsize=2)(self._order)
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng(make_seed(self.seed, "epoch", epoch)).permutation(len(self.dataset.data))
+        return np.random.default_rng(make_seed(self.seed, "epoch", epoch, self.dataset.name)).permutation(len(self.dataset.data))
 
     def indices(self, step: int) -> np.ndarray:
         """Indices (B,) of the global batch of this step; a batch may reach into the next epoch, or span several."""

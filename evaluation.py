@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from build import check_settings, draw_all
+from build import check_settings
 from cards import git_commit, in_words, lines_of, sha, summary
 from couplings import COUPLINGS
 from data_utils import Dataset, load_dataset, spread_labels
@@ -26,19 +26,18 @@ from likelihood import bits_per_dim, log_likelihoods
 from logging_utils import close_wandb, image_grid, log_plot, picture_of, start_wandb
 from metrics import Judge, nearest
 from sample import Drawing, load, load_net
-from sampling import ODE_SAMPLERS, SDE_SAMPLERS, Field
-from trainer import Batch, DiffusionTrainer
+from sampling import ODE_SAMPLERS, SDE_SAMPLERS, draw
+from trainer import TRAINERS
 from utils import (
     Progress,
-    RowNoise,
     UserError,
     all_or_none,
-    call,
     choose,
     complain,
+    find,
     first_line,
     gather_rows,
-    make_seed,
+    in_batches,
     on_rank0,
     print0,
     rank0_first,
@@ -57,31 +56,24 @@ def shuffled(n: int, key: int) -> np.ndarray:
     return np.random.default_rng(key).permutation(n)
 
 
-def steps_for(sampler, calls: int, /, **settings) -> int:
+def steps_for(sampler: str, calls: int, /, **settings) -> int:
     """The most steps in which `sampler` makes at most so many network calls; 0 if one step makes more. Guidance makes two of one.
 
-    `settings` are arguments of the sampler and of its Field, of which `guide` tells only whether there is one.
+    `settings` are arguments of `draw`; `guide` tells only whether there is one.
     """
     def count(n):
-        net = Counted(lambda xt, t, label: torch.zeros_like(xt))
-        field = call(Field, **{**settings, "net": net, "guide": net if settings.get("guide") else None})
-        call(sampler, **{**settings, "field": field, "x": torch.zeros(1, 1), "ts": np.linspace(0.9, 0.1, n + 1).tolist(),
-                         "noise": lambda: torch.zeros(1, 1)})
-        return net.items
+        made = []
+
+        def net(xt, t, label):
+            made.append(t)
+            return torch.zeros_like(xt)
+
+        changes = {"sampler": sampler, "sampling_steps": n, "batch_size": 1, "guide": net if settings.get("guide") else None}
+        next(draw(net, **{**settings, **changes}, rows=range(1), shape=(1,), device="cpu"))
+        return len(made)
 
     one, two = count(1), count(2)
     return 0 if one > calls else 1 + (calls - one) // (two - one)
-
-
-class Counted:
-    """A network that counts the items it was called with."""
-
-    def __init__(self, net):
-        self.net, self.items = net, 0
-
-    def __call__(self, xt, t, label):
-        self.items += len(xt)
-        return self.net(xt, t, label)
 
 
 class Evaluation:
@@ -90,7 +82,7 @@ class Evaluation:
     def __init__(self, options, device: torch.device):
         self.options, self.device = options, device
         self.state, self.config, self.spec, self.process, self.net, self.guide = load(options, device)
-        gpu = device.type == "cuda"
+        self.trainer, gpu = find(TRAINERS, self.config.trainer), device.type == "cuda"
         self.num = options.num or (5000 if not self.spec.is_image else 50_000 if gpu else 1000)
         self.likelihood_num = (10_000 if gpu else 300) if options.likelihood_num is None else options.likelihood_num
         self.loss_num = (10_000 if gpu else 2000) if options.loss_num is None else options.loss_num
@@ -161,11 +153,9 @@ class Evaluation:
         config = dataclasses.replace(self.config, seed=seed, sampler=sampler, **changes)
         check_settings(config)
         labels = spread_labels(self.data["train"].labels, self.num) if config.class_conditional else None
-        net, guide = Counted(self.net), self.guide and Counted(self.guide)
-        samples = draw_all(config, self.spec, self.process, net, self.device, rows=range(self.num), labels=labels, sampler=sampler,
-                           guide=guide, together=True)
-        items = net.items + (guide.items if guide else 0)
-        return samples, labels, gather_rows(torch.tensor([items])).sum().item() / self.num
+        samples, nfe = self.trainer.draw(config, self.spec, self.process, self.net, self.device, rows=range(self.num), labels=labels,
+                                         sampler=sampler, guide=self.guide, together=True)
+        return samples, labels, nfe
 
     def others(self) -> dict[str, Dataset | None]:
         """For each reference split the other one, whose items show what real data get; None where there is none."""
@@ -257,12 +247,9 @@ class Evaluation:
     def loss(self) -> dict | None:
         """The mean loss of raw and EMA weights on both splits; and a curve of it, with standard errors, over BINS parts of [T_min, T_max].
 
-        The loss is the trainer's, without flips and label dropout; times, noise and items are the same for both weights.
+        The batches and their loss are the trainer's, without flips and label dropout; they are the same for both weights.
         """
         if not self.loss_num:
-            return None
-        if COUPLINGS[self.config.coupling]:
-            print0(f"loss        left out: coupling {self.config.coupling} chooses noise and data of a whole batch together")
             return None
         T_min, T_max = self.config.T_min, self.config.T_max
         edges = np.linspace(T_min, T_max, BINS + 1)
@@ -282,28 +269,24 @@ class Evaluation:
         lines = {f"{w} weights, {s}": (middle, [row[f"{w}_{s}"] for row in rows], [row[f"{w}_{s}_error"] for row in rows])
                  for w in ("raw", "ema") for s in self.data}
         self.picture("loss_by_t", log_plot(lines, "t", "loss"))
-        return {"draws": self.loss_num, **means}
+        return {"draws": len(losses), **means}
 
     def losses(self, process, net, data: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        """Times, evenly spread, and losses of loss_num draws of this data, (N,); draw i is a function of (seed, i)."""
-        n, c, seed = self.loss_num, self.config, self.options.seed
-        scorer = DiffusionTrainer.only_loss(c, self.spec, process, net, self.device)
-        items = shuffled(len(data.data), 4)[np.arange(n) % len(data.data)]
-        rng = np.random.default_rng(make_seed(seed, "times of the loss"))
-        t = c.T_min + (c.T_max - c.T_min) * (rng.permutation(n) + rng.random(n)) / n
-        mine, found = share(n), [torch.empty(0)]
-        with Progress("loss by t", len(mine), "draw") as progress, torch.no_grad():
-            size = min(BATCH, self.options.batch_size)
-            for start in range(mine.start, mine.stop, size):
-                rows = range(start, min(start + size, mine.stop))
-                part = items[rows.start : rows.stop]
-                x0 = self.spec.encode(torch.from_numpy(data.data[part]).to(self.device))
-                x1 = RowNoise(rows, self.spec.shape, self.device, seed, "noise of the loss")()
-                label = torch.from_numpy(data.labels[part]).to(self.device) if c.class_conditional else None
-                times = torch.from_numpy(t[rows.start : rows.stop]).float().to(self.device)
-                found.append(scorer.loss(Batch(x0, x1, times, torch.ones_like(times), label)).cpu())
-                progress.update(len(rows))
-        return t, gather_rows(torch.cat(found)).double().numpy()
+        """Times, evenly spread in each batch, and losses, (N,), of whole batches of this data, loss_num draws or more."""
+        c = dataclasses.replace(self.config, seed=self.options.seed, batch_size=max(self.config.batch_size, world_size()),
+                                time_sampler="stratified", importance_weights=False, random_flip=False, label_dropout=0.0,
+                                overfit_one_batch=False)
+        scorer = self.trainer.only_loss(c, data, self.device, process, net)
+        times, found, steps = [], [], -(-self.loss_num // c.batch_size)
+        with Progress("loss by t", steps, "batch") as progress, torch.no_grad():
+            for step in range(steps):
+                batch = scorer.prepare_batch(step)
+                found += in_batches(lambda rows, size, batch=batch: scorer.loss(batch.rows(slice(rows.start, rows.stop))).cpu(),
+                                    range(len(batch.t)), min(BATCH, self.options.batch_size))
+                times.append(batch.t.cpu())
+                progress.update()
+        times, found = (gather_rows(torch.cat(values)).double().numpy() for values in (times, found))
+        return times, found
 
     # ---- Neighbours
 
@@ -337,17 +320,18 @@ class Evaluation:
 
         dopri5 gets the tolerances 0.1, 0.01, ... instead.
         """
-        label = torch.zeros(1, dtype=torch.int64) if self.config.class_conditional else None
-        rows, settings = [], {**vars(self.config), "process": self.process, "label": label, "guide": self.guide}
+        labels = torch.zeros(1, dtype=torch.int64) if self.config.class_conditional else None
+        rows, settings = [], {**vars(self.config), "process": self.process, "labels": labels, "guide": self.guide}
+        settings.pop("device")
         if not self.options.curve:
             return None
         samplers = {**ODE_SAMPLERS, **({} if COUPLINGS[self.config.coupling] else SDE_SAMPLERS)}
-        for name, sampler in samplers.items():
+        for name in samplers:
             for k, calls in enumerate(sorted(self.options.curve)):
                 if name == "dopri5":
                     changes = {"rtol": 10.0 ** -(k + 1), "atol": 10.0 ** -(k + 1)}
                 else:
-                    changes = {"sampling_steps": steps_for(sampler, calls - self.config.denoise, **settings)}
+                    changes = {"sampling_steps": steps_for(name, calls, **settings)}
                 if changes.get("sampling_steps") == 0:
                     continue
                 clock = time.perf_counter()
@@ -378,7 +362,7 @@ class Evaluation:
         writer = csv.DictWriter(text, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-        on_rank0(lambda: write_atomically(os.path.join(self.folder, f"{name}.csv"), lambda file: file.write(text.getvalue().encode())))
+        on_rank0(lambda: write_atomically(os.path.join(self.folder, f"{name}.csv"), text.getvalue()))
 
     def picture(self, name: str, image) -> None:
         """Saves a PIL image as NAME.png, and keeps it for wandb."""
@@ -399,7 +383,7 @@ class Evaluation:
         path = os.path.join(self.folder, "card.json")
 
         def write():
-            write_atomically(path, lambda file: file.write(json.dumps(card, indent=2).encode()))
+            write_atomically(path, json.dumps(card, indent=2))
 
         on_rank0(write)
         print0("\n".join(lines_of(card)))

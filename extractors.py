@@ -27,6 +27,7 @@ from utils import (
     first_line,
     gather_rows,
     import_torchvision,
+    in_batches,
     on_rank0,
     rank0_first,
     share,
@@ -194,12 +195,14 @@ def features_in_batches(extractor, images, device, batch_size: int = 100):
 
     At least once, with no rows if the share is empty.
     """
-    mine = share(len(images))
-    for start in range(mine.start, max(mine.stop, mine.start + 1), batch_size):
-        batch = images[start : min(start + batch_size, mine.stop)]
+    def look(rows: range, size: int) -> tuple[Tensor, Tensor]:
+        batch = images[rows.start : rows.stop]
         batch = batch if isinstance(batch, Tensor) else torch.from_numpy(np.array(batch))
         features, logits = extractor(batch.to(device))
-        yield features.float(), logits.float()
+        return features.float(), logits.float()
+
+    mine = share(len(images))
+    yield from in_batches(look, mine, batch_size) if mine else [look(mine, 0)]
 
 
 def features_of(extractor, images, device) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,8 @@ def launch(told) -> int:
         if failure.exitcode >= 0:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
-        print(f"error: process {rank} was ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}", file=sys.stderr)
+        guess = {"SIGKILL": " (out of memory?)", "SIGABRT": " (NCCL time-out?)"}.get(name, "")
+        print(f"error: process {rank} was ended by {name}{guess}", file=sys.stderr)
         return 128 - failure.exitcode  # as a shell tells it
     except (RendezvousError, torch.distributed.DistError) as error:
         print(f"error: the nodes did not meet ({type(error).__name__}): expected the same NODES and HEAD on all, HEAD the name of the "

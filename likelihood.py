@@ -18,7 +18,7 @@ from torch import Tensor
 
 from processes import Process
 from sampling import Field, solve_adaptively
-from utils import RowNoise, call, choose
+from utils import RowNoise, call, choose, in_batches
 
 # The vector e of Hutchinson's estimate, from standard normal noise; None is the exact trace.
 PROBES = {
@@ -90,10 +90,9 @@ def log_likelihoods(net, process: Process, data: Tensor, *, rows: range, device,
     `data` are as the network is trained on them. Pixels that lie `bin_width` apart are dequantized by uniform noise of that width, and
     `bits_per_dim` makes bits of the result. Probe and noise of item i are functions of (seed, i): neither `batch_size` nor the number
     of processes, each with its own rows, changes the result, to within the tolerances. `labels` (N,) go with `data`.
-    `settings` are arguments of `Field`, as model_type, and of `flow`; others are passed over. Raises UserError for an unknown probe.
+    `settings` are arguments of `Field`, as model_type, and of `flow`; others are ignored. Raises UserError for an unknown probe.
     """
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
+    def of(batch: range, size: int) -> Tensor:
         noise = RowNoise(batch, data.shape[1:], device, seed, "likelihood")
         x0 = data[batch.start : batch.stop].to(device)
         if bin_width:
@@ -101,4 +100,6 @@ def log_likelihoods(net, process: Process, data: Tensor, *, rows: range, device,
         label = None if labels is None else labels[batch.start : batch.stop].to(device)
         field = call(Field, **{**settings, "net": net, "process": process, "label": label})
         e = choose(PROBES, probe, noise=noise)
-        yield call(log_likelihood, **{**settings, "field": field, "x0": x0, "T_min": T_min, "T_max": T_max, "probe": e})
+        return call(log_likelihood, **{**settings, "field": field, "x0": x0, "T_min": T_min, "T_max": T_max, "probe": e})
+
+    yield from in_batches(of, rows, batch_size)

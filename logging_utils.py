@@ -30,7 +30,7 @@ class Logger:
         self.folder, self.metrics = folder, os.path.join(folder, "metrics.jsonl")
         self.unwritten = b""  # lines that the disk had no room for
         kept = [line for line in self.history() if line["step"] <= step] if step else []
-        write_atomically(self.metrics, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
+        write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         self.run = start_wandb(folder, settings, mode, project, new=step == 0)
         self.total = total
         self.bar = progress_bar(total=total, initial=step, unit="step")  # none where stderr is a file
@@ -47,14 +47,14 @@ class Logger:
                         break
         return lines
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Adds a line to metrics.jsonl, to wandb, and to the terminal or the log file. Raises OSError if the disk has no room.
+    def log(self, step: int, values: dict[str, float], kind: str = "training") -> None:
+        """Adds a line of this kind to metrics.jsonl, to wandb, and to the terminal or the log file. Raises OSError if the disk has no room.
 
-        The values are those of training, of which CURVES are shown, or those of an evaluation, which are all shown.
+        Of the values of training, CURVES are shown; those of other kinds, as of an evaluation, are all shown.
         """
-        self.unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
+        self.unwritten += json.dumps({"step": step, "kind": kind, **values}).encode() + b"\n"
         self.to_wandb({"step": step, **values})
-        training = "images_per_second" in values
+        training = kind == "training"
         shown = {k: f"{values[k]:.4g}" for k in (CURVES if training else values) if k in values}
         text = f"step {step}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items())
         if training:
@@ -69,7 +69,7 @@ class Logger:
 
     def evaluated(self, step: int) -> bool:
         """Whether there is a line of an evaluation at this step."""
-        return any(line["step"] == step and "images_per_second" not in line for line in self.history())
+        return any(line["step"] == step and line.get("kind") == "evaluation" for line in self.history())
 
     def write_lines(self, sync: bool = False) -> None:
         """Writes what is still to be written to metrics.jsonl, whole lines only, and with `sync` makes sure that it is on the disk.
@@ -94,12 +94,12 @@ class Logger:
         self.to_wandb({"step": step}, {f"samples/{name}": image})
 
     def curves(self) -> None:
-        """Draws loss, learning rate, gradient norm, speed and what evaluations found over the steps into curves.png."""
+        """Draws loss, learning rate, gradient norm, speed, and the values of lines of other kinds over the steps into curves.png."""
         from matplotlib.figure import Figure
 
         lines = self.history()
-        evaluations = [line for line in lines if "images_per_second" not in line]
-        names = [*CURVES, *dict.fromkeys(name for line in evaluations for name in line if name != "step")]
+        others = [line for line in lines if line.get("kind", "training") != "training"]
+        names = [*CURVES, *dict.fromkeys(name for line in others for name in line if name not in ("step", "kind"))]
         columns = 2 if len(names) == len(CURVES) else 4
         rows = -(-len(names) // columns)
         figure = Figure(figsize=(5 * columns, 3 * rows), layout="constrained")
@@ -153,7 +153,7 @@ def run_id(folder: str, new: bool) -> str:
         if of == name:
             return kept
     new_id = uuid.uuid4().hex[:8]
-    write_atomically(path, lambda file: file.write(f"{new_id} {name}".encode()))
+    write_atomically(path, f"{new_id} {name}")
     return new_id
 
 
@@ -181,13 +181,13 @@ def close_wandb(run, seconds: float = 25) -> str | None:
     return failures[0] if failures else None
 
 
-def wandb_mode(mode: str) -> str:
-    """The mode of the setting, or of the environment's WANDB_MODE if that names one."""
-    asked = os.environ.get("WANDB_MODE") or mode
+def wandb_mode(mode: str | None) -> str:
+    """The mode of the setting; without one, that of the environment's WANDB_MODE, or online."""
+    asked = mode or os.environ.get("WANDB_MODE") or "online"
     if asked in ("online", "offline", "disabled"):
         return asked
-    notice(f"WANDB_MODE {asked!r} is not known: expected online, offline or disabled; taking {mode}")
-    return mode
+    notice(f"WANDB_MODE {asked!r} is not known: expected online, offline or disabled; taking offline")
+    return "offline"
 
 
 def no_answer(url: str) -> str | None:

@@ -15,11 +15,14 @@ import functools
 import io
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import time
 import traceback
+import warnings
 from typing import Literal, Union
 
 import stopping
@@ -161,12 +164,30 @@ def in_short(config: Config) -> str:
 # ---- Devices and processes
 
 
+def unusable_gpus() -> str | None:
+    """Why torch does not see the GPUs that nvidia-smi lists, and what to do; None if there are none, or CUDA_VISIBLE_DEVICES hides them."""
+    import torch
+
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not shutil.which("nvidia-smi"):
+        return None
+    if "GPU " not in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout:
+        return None
+    why = "CUDA_VISIBLE_DEVICES may name none"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).split(". ")[0]
+    return (f"torch {torch.__version__} does not see them ({why}): pip install --force-reinstall torch=={torch.__version__.split('+')[0]} "
+            "with a driver from 580 on, or the build that the README names for an older one")
+
+
 @contextlib.contextmanager
-def set_up(wanted: str, tf32: bool = True, timeout: float = 10.0):
+def set_up(wanted: str, tf32: bool = True, timeout: float = 10.0, cudnn_benchmark: bool = True):
     """The device of this process, with its process group where torchrun started several; gloo on CPUs, nccl on GPUs.
 
     The device index is the local rank. A process waits `timeout` minutes for the others in a step of training. On the way out,
     what the user can mend ends the program in one line: a UserError, too little memory, a lost process; and so does a signal.
+    Raises UserError if there are GPUs that torch cannot use, unless `wanted` is cpu.
     """
     import torch
     import torch.distributed as dist
@@ -176,10 +197,14 @@ def set_up(wanted: str, tf32: bool = True, timeout: float = 10.0):
     end = None
     keep_freed_memory()
     try:
-        if wanted == "cuda" and not torch.cuda.is_available():
-            raise UserError("device cuda is not available here: use --device cpu, or auto")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is said below
+            gpu = wanted != "cpu" and torch.cuda.is_available()
+        why = wanted != "cpu" and not gpu and unusable_gpus()
+        if why or wanted == "cuda" and not gpu:
+            raise UserError(f"no GPU to use: {why or 'this machine has none'}; or use --device cpu")
         device = torch.device("cpu")
-        if wanted != "cpu" and torch.cuda.is_available():
+        if gpu:
             local_rank = int(os.environ.get("LOCAL_RANK", 0))
             if local_rank >= torch.cuda.device_count():
                 raise UserError(f"process {local_rank} of this machine has no GPU of its own: it has {torch.cuda.device_count()}; "
@@ -187,10 +212,13 @@ def set_up(wanted: str, tf32: bool = True, timeout: float = 10.0):
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
-            torch.backends.cudnn.allow_tf32 = tf32
+            torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, cudnn_benchmark
         if world_size() > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
+            if device.type == "cuda":  # gloo is to speak first: NCCL's watchdog aborts the process, in pages of C++
+                nccl = dist.distributed_c10d._get_default_group()._get_backend(device)
+                nccl._set_default_timeout(datetime.timedelta(minutes=timeout + 1))
         yield device
     except (Exception, Stopped) as error:
         end = ending(error, timeout)
@@ -207,27 +235,38 @@ def set_up(wanted: str, tf32: bool = True, timeout: float = 10.0):
 
 def ending(error: BaseException, timeout: float):
     """The call that ends the program after `error`, in one line or none; or None if it is no mistake of the user's, but a bug."""
-    import torch
     import torch.distributed as dist
 
-    from utils import UserError, first_line
+    from utils import UserError, first_line, out_of_memory
 
+    text = str(error)
     if isinstance(error, Stopped):
         return functools.partial(stopped, error)
     if isinstance(error, UserError):
         return functools.partial(fail, str(error))
     if isinstance(error, BrokenPipeError):
         return functools.partial(os._exit, 1)  # or the interpreter's last flush tells of it
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
+    if out_of_memory(error):
         return functools.partial(fail, f"out of memory ({first_line(error)}): raise --accumulation_steps, or lower --batch_size or "
                                        "--model_channels")
+    for words, advice in GPU_ERRORS.items():
+        if words in text:
+            return functools.partial(fail, f"{first_line(error)}: {advice}")
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return functools.partial(fail, f"torch.compile failed ({first_line(error)}): use --compile False, or install a C++ compiler")
-    if dist.is_initialized() and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and LOST.search(str(error))):
-        return functools.partial(lost, first_line(error), timeout)
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and LOST.search(text)):
+        nccl = text.partition("Last error:")[2].strip()
+        if nccl and "ncclRemoteError" not in text:
+            return functools.partial(fail, f"NCCL failed ({nccl}): each process needs a GPU of its own, and NCCL room in /dev/shm; "
+                                           "NCCL_DEBUG=WARN prints more", 1)
+        return functools.partial(lost, nccl or first_line(error), timeout)
     return None
 
 
+GPU_ERRORS = {
+    "busy or unavailable": "another process holds this GPU, see nvidia-smi; end that, or choose another by CUDA_VISIBLE_DEVICES",
+    "no kernel image is available": "torch was not built for this GPU; the README says which build runs on which GPU",
+}
 LOST = re.compile("gloo|NCCL|Connection (closed|reset)|Timed out|timeout|Broken pipe")
 
 
@@ -255,18 +294,21 @@ def leave(end, device) -> None:
 
 def main(arguments: list[str]) -> None:
     config = read_config(arguments)
-    with set_up(config.device, config.tf32, config.timeout) as device:
-        from build import check_settings
+    with set_up(config.device, config.tf32, config.timeout, config.cudnn_benchmark) as device:
+        from build import check_bf16, check_settings, ignored
         from data_utils import check_labels, load_dataset
-        from trainer import DiffusionTrainer
+        from trainer import TRAINERS
         from utils import print0, rank0_first, world_size
 
         print0(f"{config.run_name} on {world_size()} x {device.type}\n{in_short(config)}")
         check_settings(config)
+        check_bf16(config, device)
+        if unread := ignored(config):
+            print0(f"note: network {config.network} does not read {', '.join(unread)}")
         if config.class_conditional:
             check_labels(config.dataset)
         dataset = rank0_first(lambda first: load_dataset(config.dataset, config.data_dir, config.image_size, download=first))
-        DiffusionTrainer(config, dataset, device).train()
+        TRAINERS[config.trainer](config, dataset, device).train()
 
 
 def start(script, resumable: bool = False) -> None:

@@ -23,18 +23,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from build import autocast, build, draw_all, formatted
+from build import NETWORKS, autocast, build, formatted
 from config import Config
 from data_utils import DataSpec, load_dataset, make_dataset
 from main import HERE
 from optimizers import take_step
 from prediction import target
 from sampling import SAMPLERS
-from trainer import DiffusionTrainer
-from utils import Progress, UserError, on_rank0, progress_bar, share, world_size
+from trainer import TRAINERS
+from utils import Progress, UserError, native_bf16, on_rank0, parameters_of, progress_bar, share, world_size
 
 SHAPES = {"cifar10": (50_000, 3, 32, 32), "mnist": (60_000, 1, 28, 28), "fashion_mnist": (60_000, 1, 28, 28)}
-WIDTH = {"unet": "model_channels", "mlp": "hidden_dim"}  # the setting that makes a network wider
+WIDTHS = ("model_channels", "hidden_dim")  # settings that make a network wider
 
 
 # ---- Measuring
@@ -145,7 +145,7 @@ def make_trainer(options, dataset, device, folder: str):
     settings = {f.name: getattr(options, f.name) for f in dataclasses.fields(Config)}
     settings |= dict(ckpt_dir=folder, run_name="benchmark", num_training_steps=10**9, sample_every=0, save_every=0, milestone_every=0,
                      evaluate_every=0)
-    trainer = DiffusionTrainer(Config(**settings), dataset, device)
+    trainer = TRAINERS[options.trainer](Config(**settings), dataset, device)
     if trainer.logger:
         trainer.logger.bar = progress_bar(disable=True)
     return trainer
@@ -154,7 +154,7 @@ def make_trainer(options, dataset, device, folder: str):
 def ceilings(trainer, bf16: bool) -> dict:
     """Works of one dtype that show what the machine can do, and their operations; the convolution forward and backward, as in training."""
     c, device, dtype = trainer.config, trainer.device, torch.bfloat16 if bf16 else torch.float32
-    side = 8192 if device.type == "cuda" else 2048
+    side = 8192 if device.type == "cuda" else 256 if bf16 and not native_bf16(device) else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     works = {"matrix product": (lambda: a @ b, 2 * side**3)}
     if trainer.spec.is_image and c.network == "unet":
@@ -183,10 +183,15 @@ def name_of(bf16: bool) -> str:
     return "bfloat16" if bf16 else "float32"
 
 
+def kinds(options, device) -> list[bool]:
+    """Whether in bfloat16, of all that is measured: not where it is emulated, which takes minutes, unless it is asked for."""
+    return [False, True] if options.bf16 or native_bf16(device) else [False]
+
+
 def measure_training(table, options, trainer) -> None:
     """The trainer against the bare network, the bare network against the ceilings, and what a step consists of."""
     device, bf16 = trainer.device, options.bf16
-    bares = {kind: Bare(trainer, kind) for kind in (False, True)}
+    bares = {kind: Bare(trainer, kind) for kind in kinds(options, device)}
     images = options.batch_size
     flops = bares[False].flops()
 
@@ -341,21 +346,15 @@ def measure_sampling(table, options, trainer) -> None:
     config = dataclasses.replace(trainer.config, sampling_steps=steps, sampling_batch_size=n)
     part = f"sampling, {n} at once on {world_size()} processes, {steps} steps, {name_of(options.bf16)}"
     for sampler in SAMPLERS:
-        calls = [0]
 
-        def counted(*inputs, calls=calls):
-            calls[0] += 1
-            return net(*inputs)
-
-        def draw(sampler=sampler, counted=counted):
-            draw_all(config, spec, trainer.process, counted, device, rows=range(n), labels=labels, sampler=sampler)
+        def draw(sampler=sampler):
+            return trainer.draw(config, spec, trainer.process, net, device, rows=range(n), labels=labels, sampler=sampler)
 
         try:
-            draw()
+            nfe = round(draw()[1])
         except UserError as error:  # it does not go with the settings
             table.add(part, f"{sampler}: {error}")
             continue
-        nfe, calls[0] = calls[0], 0
         times = in_turns({"bare": repeated(lambda nfe=nfe: [call() for _ in range(nfe)], device), "sampler": repeated(draw, device)},
                          options.rounds, options.seconds)
         seconds = statistics.median(times["sampler"])
@@ -373,9 +372,12 @@ def exponent(cost: dict[int, float]) -> float:
 
 def measure_scaling(table, options, trainer) -> None:
     """Cost of a step of the network, forward and backward, not compiled, against its size, with the exponent of a power law."""
-    spec, width, few = trainer.spec, WIDTH[options.network], max(1, options.batch_size // 4)
-    sizes = {"batch size": [({"batch_size": b}, spec.shape, b) for b in (few, 2 * few, 4 * few, 8 * few)],
-             width: [({width: w, "batch_size": few}, spec.shape, w) for w in (getattr(options, width) // f for f in (8, 4, 2, 1))]}
+    spec, few = trainer.spec, max(1, options.batch_size // 4)
+    width = next((name for name in WIDTHS if name in parameters_of(NETWORKS[options.network])), None)
+    sizes = {"batch size": [({"batch_size": b}, spec.shape, b) for b in (few, 2 * few, 4 * few, 8 * few)]}
+    if width:
+        widths = [getattr(options, width) // f for f in (8, 4, 2, 1)]
+        sizes[width] = [({width: w, "batch_size": few}, spec.shape, w) for w in widths]
     if spec.is_image:
         sides = [spec.shape[-1] * f // 2 for f in (1, 2, 4)]
         sizes["image side"] = [({"batch_size": few}, (spec.shape[0], side, side), side) for side in sides]

@@ -38,6 +38,14 @@ def make_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, lr=0.0, fused=parameters[0].device.type in ("cpu", "cuda"))
 
 
+def load_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """The optimizer's load_state_dict, with the moments in the memory layout of their weights, which may have another than when they were
+    saved: fused kernels walk both in the order of memory."""
+    optimizer.load_state_dict(state)
+    for p, moments in optimizer.state.items():
+        moments.update({name: torch.empty_like(p).copy_(value) for name, value in moments.items() if value.shape == p.shape})
+
+
 def take_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """The optimizer's step, with the gradients scaled down to `max_norm` where their norm is larger (0: never). Returns the norm before.
 

@@ -27,7 +27,7 @@ class GaussianMixture:
         self.means = means.double().flatten(1)  # (K, D)
         K, D = self.means.shape
         if not isinstance(covariances, Tensor):
-            covariances = covariances * torch.eye(D, device=means.device).expand(K, D, D)
+            covariances = covariances * torch.eye(D, dtype=torch.float64, device=means.device).expand(K, D, D)
         self.covariances = covariances.double()
         values, self.vectors = torch.linalg.eigh(self.covariances)  # (K, D), (K, D, D)
         self.values = values.clamp(min=0)  # rounding makes a 0 negative
@@ -72,7 +72,7 @@ class GaussianMixture:
         c, mean = self.process.at(t), self.weights @ self.means
         second = self.covariances + self.means[:, :, None] * self.means[:, None]
         covariance = torch.einsum("k,kde->de", self.weights, second) - mean[:, None] * mean
-        return c.alpha * mean, c.alpha**2 * covariance + c.sigma**2 * torch.eye(len(mean), device=mean.device)
+        return c.alpha * mean, c.alpha**2 * covariance + c.sigma**2 * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
 
     def flow(self, x: Tensor, t_from: float, t_to: float) -> Tensor:
         """The exact solution of the ODE from x (B, ...) at one time to another, for one Gaussian: it keeps standardized coordinates."""

@@ -15,7 +15,7 @@ from multiprocessing import get_context
 
 import torch
 
-from measuring import Bare, clock, flops_of, in_turns, ratio, repeated, train
+from measuring import Bare, clock, flops_of, in_turns, kinds, name_of, ratio, repeated, train
 from utils import UserError, first_line, import_torchvision, keep_freed_memory, print0
 
 
@@ -126,7 +126,8 @@ def measure_peers(table, options, trainer) -> None:
     missing = [name for name in PEERS if not importlib.util.find_spec(name)]
     if missing:
         print0(f"\nnot installed, and not measured: {', '.join(missing)}")
-    for name, way in itertools.product([name for name in PEERS if name not in missing], WAYS):
+    ways = [way for way, (bf16, *_) in WAYS.items() if bf16 in kinds(options, trainer.device)]
+    for name, way in itertools.product([name for name in PEERS if name not in missing], ways):
         pipe, there = get_context("spawn").Pipe()
         arguments = (there, name, way, options.batch_size, trainer.device, torch.get_num_threads())
         process = get_context("spawn").Process(target=serve, args=arguments, daemon=True)
@@ -134,7 +135,8 @@ def measure_peers(table, options, trainer) -> None:
         there.close()
         try:
             count = answer(pipe)
-            works = {"float32": own(False), "bfloat16": own(True), "peer": lambda n, pipe=pipe: pipe.send(n) or answer(pipe)}
+            works = {name_of(kind): own(kind) for kind in kinds(options, trainer.device)}
+            works["peer"] = lambda n, pipe=pipe: pipe.send(n) or answer(pipe)
             times = in_turns(works, options.rounds, options.seconds)
         except UserError as error:
             print0(f"\n{name}, {way}, cannot be measured ({error})")
@@ -142,7 +144,7 @@ def measure_peers(table, options, trainer) -> None:
         pipe.send(0)
         process.join()
         speed = options.batch_size / statistics.median(times["peer"])
-        over = {f"by_{kind}": ratio(times, "peer", kind) * flops / count for kind in ("float32", "bfloat16")}
+        over = {f"by_{kind}": ratio(times, "peer", kind) * flops / count for kind in works if kind != "peer"}
         table.add(part, f"{name}, {way}", images_per_s=speed, GFLOP_per_s=speed * count / 1e9, **over)
     trainer.config = own_config
 

@@ -48,6 +48,12 @@ def convert(y: Tensor, xt: Tensor, c: Coefs, kind: str, to: str) -> Tensor:
     return (on_xt * xt + on_y * y) / (c.alpha * q - c.sigma * p)
 
 
+def error_factor(c: Coefs, kind: str, to: str) -> Tensor:
+    """How many times the error of a prediction of this kind, relative to its size, the error of the kind `to` made of it is."""
+    (p, q), (p_to, q_to) = choose(PREDICTIONS, kind, c=c), choose(PREDICTIONS, to, c=c)
+    return (p.abs() + q.abs()) * ((c.alpha * q_to - c.sigma * p_to) / (c.alpha * q - c.sigma * p)).abs()
+
+
 class Preconditioned(nn.Module):
     """A network that sees its input at unit variance, c_in xt, and c_noise = log(sigma / alpha) / 4 in place of t.
 
@@ -79,7 +85,7 @@ LOSS_WEIGHTINGS = {
     # lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, with sigma / alpha for sigma (Karras et al. 2022, table 1)
     "edm": lambda c, x0_error: x0_error() * c.variance / (c.sigma * c.sigma_data) ** 2,
     "likelihood": likelihood_weight,
-    # the same with a factor sigmoid(bias - log SNR) (Kingma & Gao 2023, "Understanding Diffusion Objectives", section 4)
+    # the same with a factor sigmoid(bias - log SNR) (Kingma & Gao 2023, "Understanding Diffusion Objectives", section 5)
     "sigmoid": lambda c, x0_error, sigmoid_bias: likelihood_weight(c, x0_error) * torch.sigmoid(sigmoid_bias - c.log_snr),
 }
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils import append_dims, choose, invert
+from utils import UserError, append_dims, choose, invert
 
 
 class Coefs(NamedTuple):
@@ -23,6 +23,7 @@ class Coefs(NamedTuple):
     sigma: Tensor
     alpha_dot: Tensor
     sigma_dot: Tensor
+    half_g2: Tensor | None = None  # delta itself, of a process that knows it better than by its formula
     sigma_data: float = 0.5
 
     @property
@@ -33,7 +34,7 @@ class Coefs(NamedTuple):
     @property
     def delta(self) -> Tensor:
         """g^2 / 2: the forward drift is velocity + delta score, the reverse drift velocity - delta score."""
-        return self.sigma * self.sigma_dot - self.f * self.sigma**2
+        return self.half_g2 if self.half_g2 is not None else self.sigma * self.sigma_dot - self.f * self.sigma**2
 
     @property
     def g(self) -> Tensor:
@@ -58,6 +59,7 @@ class Process:
     """
 
     sigma_data = 0.5  # standard deviation of the data, for EDM's preconditioning and weighting; `make_process` sets it
+    half_g2 = None  # or a method of t that gives delta where its formula is 0 times infinity
 
     def alpha(self, t: Tensor) -> Tensor:
         raise NotImplementedError
@@ -73,12 +75,12 @@ class Process:
 
     def coefs(self, t: Tensor, ndim: int = 1) -> Coefs:
         """The coefficients at t (B,), shaped to multiply a batch of `ndim` dimensions."""
-        return Coefs(*(append_dims(c(t), ndim) for c in (self.alpha, self.sigma, self.alpha_dot, self.sigma_dot)), self.sigma_data)
+        functions = self.alpha, self.sigma, self.alpha_dot, self.sigma_dot, self.half_g2
+        return Coefs(*(c and append_dims(c(t), ndim) for c in functions), self.sigma_data)
 
     def at(self, time: float) -> Coefs:
         """The coefficients at one time: scalars in float64 on the CPU, which multiply a tensor of any type on any device."""
-        t = torch.tensor(time, dtype=torch.float64)
-        return Coefs(*(c(t) for c in (self.alpha, self.sigma, self.alpha_dot, self.sigma_dot)), self.sigma_data)
+        return self.coefs(torch.tensor(time, dtype=torch.float64), ndim=0)
 
     def log_snr(self, t: Tensor) -> Tensor:
         """log(alpha^2 / sigma^2), in the shape of t."""
@@ -174,6 +176,9 @@ class LinearVP(Process):
     def sigma_dot(self, t):
         return 0.5 * self.beta(t) * self.alpha(t) ** 2 / self.sigma(t)
 
+    def half_g2(self, t):
+        return 0.5 * self.beta(t)  # also at t = 0, where sigma_dot is infinite
+
     def inverse(self, log_snr):
         return self.inverse_log_alpha(torch.log1p((-log_snr).exp()) / 2)  # (sigma / alpha)^2 = exp(-2 log alpha) - 1
 
@@ -184,6 +189,8 @@ class LinearVP(Process):
 
 class SubVP(LinearVP):
     """alpha of linear_vp, and sigma = 1 - alpha^2, the square of its sigma: less noise at every t (Song et al. 2021, section 3.4)."""
+
+    half_g2 = None  # by the formula
 
     def sigma(self, t):
         return -torch.expm1(2 * self.log_alpha(t))
@@ -196,9 +203,14 @@ class SubVP(LinearVP):
 
 
 class VE(Process):
-    """x0 + sigma x1: variance exploding, sigma geometric from sigma_min at t = 0 to sigma_max at t = 1 (Song et al. 2021, section 3.4)."""
+    """x0 + sigma x1: variance exploding, sigma geometric from sigma_min at t = 0 to sigma_max at t = 1 (Song et al. 2021, appendix C).
+
+    Raises UserError for a sigma_min of 0, from which nothing grows geometrically.
+    """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
+        if not sigma_min > 0:
+            raise UserError(f"sigma_min {sigma_min}: process ve needs more than 0; use --sigma_min 0.002, or --process ve_linear")
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def alpha(self, t):
@@ -219,11 +231,15 @@ class VE(Process):
 
 class EDM(VE):
     """x0 + sigma x1, with sigma^(1 / rho) linear in t from sigma_min to sigma_max: equal steps of t are EDM's noise levels
-    (Karras et al. 2022, "Elucidating the Design Space", eq. 5 with i / (N - 1) = 1 - t)."""
+    (Karras et al. 2022, "Elucidating the Design Space", eq. 5 with i / (N - 1) = 1 - t).
+
+    Quarters of t then share the noise levels well, for training times and for curves of the loss. But a sampler steps along straight
+    lines in t, and a warped t bends what is nearly straight in sigma: by 18 levels Heun's error is four times that of EDM's own
+    sampler, which is `ve_linear` with `--grid edm`, of the same levels and the same cost.
+    """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
-        super().__init__(sigma_min, sigma_max)
-        self.rho = rho
+        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
 
     def root(self, t):
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)

@@ -14,7 +14,7 @@
 set -eu
 
 # ---- Options, each also taken from the environment: GPUS=2 sh run.sh digits
-GPUS=${GPUS:-}          # processes on this node, one a GPU; default: all visible GPUs, one process on a machine without
+GPUS=${GPUS:-}          # processes on this node, one a GPU; default: all visible GPUs, one process without or with --device cpu
 NODES=${NODES:-1}       # number of nodes
 HEAD=${HEAD:-}          # NAME:PORT of the first node, where all meet; needed for more than one node
 THREADS=${THREADS:-}    # CPU threads of a process; default: the cores shared among the processes
@@ -62,6 +62,7 @@ if [ -z "$PYTHON" ]; then
     command -v python >/dev/null || PYTHON=python3
 fi
 command -v "$PYTHON" >/dev/null || fail "no $PYTHON here: install Python, or set PYTHON to the interpreter, as PYTHON=/opt/bin/python3"
+case " $* " in *" --device cpu "* | *" --device=cpu "*) GPUS=${GPUS:-1} ;; esac
 if [ -z "$GPUS" ]; then
     if [ "${CUDA_VISIBLE_DEVICES+set}" ]; then
         GPUS=$(printf '%s' "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '[0-9A-Za-z]' || true)

@@ -154,16 +154,17 @@ def main(arguments: list[str]) -> None:
     with set_up(options.device) as device:
         import numpy as np
 
-        from build import draw_all
         from logging_utils import picture_of
-        from utils import UserError, on_rank0, print0, write_atomically
+        from trainer import TRAINERS
+        from utils import UserError, find, on_rank0, print0, write_atomically
 
         state, config, spec, process, net, guide = load(options, device)
         if options.labels != "all" and not config.class_conditional:
             raise UserError(f"labels {options.labels!r}: the network of {options.ckpt} takes none; leave --labels out")
         labels = read_labels(options.labels, options.num, spec.num_classes) if config.class_conditional else None
 
-        samples = draw_all(config, spec, process, net, device, rows=range(options.num), labels=labels, sampler=config.sampler, guide=guide)
+        draw = find(TRAINERS, config.trainer).draw
+        samples, _ = draw(config, spec, process, net, device, rows=range(options.num), labels=labels, sampler=config.sampler, guide=guide)
 
         def write():
             arrays = {"arr_0": (samples.permute(0, 2, 3, 1) if spec.is_image else samples).numpy()}

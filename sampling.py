@@ -17,9 +17,11 @@ import math
 import torch
 from torch import Tensor
 
-from prediction import convert
+from prediction import convert, error_factor
 from processes import Process
-from utils import RowNoise, UserError, call, choose
+from utils import RowNoise, UserError, call, choose, find, in_batches, parameters_of
+
+FOG, CLEAR = 1000.0, 20.0  # see Field
 
 # eps of the SDE at coefficients c and time t: those of SiT's code, whose paper writes w for 2 eps (Ma et al. 2024)
 DIFFUSIONS = {
@@ -38,6 +40,10 @@ class Field:
     network of the same call and kind (autoguidance: Karras et al. 2024, eq. 3). It acts at times in [guidance_t_min, guidance_t_max]
     (Kynkaanniemi et al. 2024, section 3); elsewhere, and for s = 1, it is not called. Every conversion is affine in the prediction, so
     it does not matter in which kind the two are mixed.
+
+    Where alpha falls to 0 at t = 1, x0 from a prediction of x1 or the score is the network's error divided by alpha. So if that would
+    be more than FOG times the error, the network is never called later than at `latest`, where sigma / alpha is CLEAR: x0 is then
+    predicted there, from x scaled to the noise of that time. It costs what x holds of x0 at `latest`, one part in CLEAR.
     """
 
     def __init__(self, net, process: Process, model_type: str, label: Tensor | None = None, guidance_scale: float = 1.0, guide=None,
@@ -47,21 +53,29 @@ class Field:
         self.guided = guidance_scale != 1 and (guide is not None or label is not None)
         self.guidance_scale, self.guidance_t_min, self.guidance_t_max = guidance_scale, guidance_t_min, guidance_t_max
         self.sde_diffusion, self.sde_scale = sde_diffusion, sde_scale
+        foggy = error_factor(process.at(1.0), model_type, "x0") > FOG
+        self.latest = process.time(torch.tensor(-2 * math.log(CLEAR))).item() if foggy else math.inf
 
-    def predict(self, x: Tensor, time: float) -> Tensor:
-        """The guided prediction, of model_type, at x (B, ...) and one time, in the type of x."""
+    def predict(self, x: Tensor, time: float, guided_at: float | None = None) -> Tensor:
+        """The prediction of model_type at x (B, ...) and one time, guided as at that time or another, in the type of x."""
         t = torch.full((x.shape[0],), time, device=x.device, dtype=x.dtype)
         out = self.net(x, t, self.label).to(x.dtype)
-        if self.guided and self.guidance_t_min <= time <= self.guidance_t_max:
+        guided_at = min(time if guided_at is None else guided_at, 1.0)  # edm_churn may step over 1
+        if self.guided and self.guidance_t_min <= guided_at <= self.guidance_t_max:
             guide = self.guide(x, t, self.label).to(x.dtype)
             out = guide + self.guidance_scale * (out - guide)
         return out
 
     def __call__(self, x: Tensor, time: float, *kinds: str):
         """The prediction at x (B, ...) and one time as this kind, or as each of these kinds, by one network call."""
-        out = self.predict(x, time)
-        c = self.process.at(time) if any(kind != self.model_type for kind in kinds) else None
-        converted = [convert(out, x, c, self.model_type, kind) for kind in kinds]
+        own, c = self.model_type, self.process.at(time)
+        if time <= self.latest:
+            out = self.predict(x, time)
+        else:
+            own, then = "x0", self.process.at(self.latest)
+            y = then.sigma / c.sigma * x
+            out = convert(self.predict(y, self.latest, time), y, then, self.model_type, own)
+        converted = [convert(out, x, c, own, kind) for kind in kinds]
         return converted[0] if len(kinds) == 1 else converted
 
     def velocity(self, x: Tensor, time: float) -> Tensor:
@@ -114,6 +128,7 @@ def edm(u: Tensor, T_min: float, T_max: float, process: Process, rho: float) -> 
 
 
 GRIDS = {"uniform": uniform, "quadratic": quadratic, "shifted": shifted, "log_snr": log_snr, "edm": edm}
+LEVELS = ("log_snr", "edm")  # grids that go to T_min by noise levels; the others jump to it, as to 0
 
 
 def make_grid(n: int, T_min: float, T_max: float, grid: str = "uniform", **settings) -> list[float]:
@@ -144,11 +159,10 @@ def heun_step(field, x: Tensor, t: float, t_next: float) -> Tensor:
 
 
 @torch.no_grad()
-def heun(field, x: Tensor, ts: list[float]) -> Tensor:
-    """Heun's method: order 2, 2n - 1 network calls. The last step is Euler's (Karras et al. 2022, algorithm 1)."""
-    for t, t_next in zip(ts[:-2], ts[1:-1]):
-        x = heun_step(field, x, t, t_next)
-    return euler(field, x, ts[-2:])
+def heun(field, x: Tensor, ts: list[float], denoise: bool = False) -> Tensor:
+    """Heun's method: order 2, 2n - 1 network calls; the last step is Euler's. With `denoise` that is one more step, to the predicted
+    x0, and there are 2n + 1 calls (Karras et al. 2022, algorithm 1)."""
+    return edm_churn(field, x, ts, churn=0.0, denoise=denoise)
 
 
 @torch.no_grad()
@@ -221,7 +235,7 @@ def dpmpp_2m(field, x: Tensor, ts: list[float]) -> Tensor:
         x0 = field(x, t, "x0")
         decay = now.alpha * then.sigma / (now.sigma * then.alpha)  # exp(-h), with h the step of log(alpha / sigma)
         h = -decay.log()
-        extrapolate = x0_before is not None and t_next > ts[-1]
+        extrapolate = x0_before is not None and t_next != ts[-1]
         x0_middle = x0 + (x0 - x0_before) * (h / h_before / 2) if extrapolate else x0
         x = then.sigma / now.sigma * x + then.alpha * (1 - decay) * x0_middle
         x0_before, h_before = x0, h
@@ -263,7 +277,8 @@ def stochastic_heun(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
 def predictor_corrector(field, x: Tensor, ts: list[float], noise=None, corrector_snr: float = 0.16) -> Tensor:
     """An Euler-Maruyama step and then one of Langevin's at the new time: 2n - 1 network calls (Song et al. 2021, algorithms 2 to 5).
 
-    Langevin's step is 2 (corrector_snr sigma)^2: sigma is what Song et al. estimate as |noise| / |score|, over the batch.
+    Langevin's step is 2 (corrector_snr sigma)^2. Song et al. take |noise| / |score| over the batch for sigma; far from the data they
+    are equal, near them the score is the smaller, and their step the longer.
     """
     noise = noise or (lambda: torch.randn_like(x))
     for t, t_next in zip(ts[:-2], ts[1:-1]):
@@ -289,23 +304,28 @@ def ancestral(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
 
 @torch.no_grad()
 def edm_churn(field, x: Tensor, ts: list[float], noise=None, churn: float = 30.0, churn_min: float = 0.01, churn_max: float = 1.0,
-              churn_noise: float = 1.0) -> Tensor:
-    """Heun's method that first goes back to more noise: 2n - 1 network calls (Karras et al. 2022, algorithm 2, for any alpha and sigma).
+              churn_noise: float = 1.0, denoise: bool = False) -> Tensor:
+    """`heun`, each step of which first goes back to more noise: as many network calls (Karras et al. 2022, algorithm 2, for any alpha
+    and sigma).
 
-    While r = sigma / alpha is in [churn_min, churn_max], it is raised by a factor 1 + min(churn / n, sqrt(2) - 1), by noise of standard
-    deviation churn_noise.
+    While r = sigma / alpha is in [churn_min, churn_max], it is raised by a factor 1 + min(churn / n, sqrt(2) - 1), n the number of
+    steps, by noise of standard deviation churn_noise; also beyond t = 1, where the process goes on.
     """
     noise = noise or (lambda: torch.randn_like(x))
-    for t, t_next in zip(ts[:-2], ts[1:-1]):
+    ends = ts[1:] + [None] * denoise  # of the steps; None: x0
+    for t, t_next in zip(ts, ends):
         now = field.process.at(t)
-        if churn_min <= now.sigma / now.alpha <= churn_max:
-            raised = 1 + min(churn / (len(ts) - 1), 2**0.5 - 1)
-            t = max(t, field.process.time(now.log_snr - 2 * math.log(raised)).item())
+        if churn > 0 and churn_min <= now.sigma / now.alpha <= churn_max:
+            raised = 1 + min(churn / len(ends), 2**0.5 - 1)
+            t = max(t, field.process.inverse(now.log_snr - 2 * math.log(raised)).item())
             then = field.process.at(t)
             ratio = then.alpha / now.alpha
             x = ratio * x + (then.sigma**2 - (ratio * now.sigma) ** 2).clamp(min=0).sqrt() * churn_noise * noise()
-        x = heun_step(field, x, t, t_next)
-    return euler(field, x, ts[-2:])
+        if t_next is None:
+            x = field(x, t, "x0")
+        else:
+            x = heun_step(field, x, t, t_next) if t_next != ends[-1] else euler(field, x, [t, t_next])
+    return x
 
 
 ODE_SAMPLERS = {"euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "dopri5": dopri5}
@@ -317,23 +337,31 @@ SAMPLERS = ODE_SAMPLERS | SDE_SAMPLERS
 
 
 def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, seed: int, sampler: str, sampling_steps: int, T_min: float,
-         T_max: float, denoise: bool = False, labels: Tensor | None = None, batch_size: int | None = None, **settings):
+         T_max: float, grid: str = "uniform", denoise: bool = False, labels: Tensor | None = None, batch_size: int | None = None,
+         whole_batches: bool = False, **settings):
     """Yields the samples `rows`, in order, in batches (B, *shape) of float32 on `device`.
 
-    Sample i is a function of (seed, i), to rounding (dopri5: to its tolerance): it does not depend on `batch_size` or on how samples are
-    shared among processes. `labels` (N,) holds a label for every sample from 0 on, of which `rows` are used. `T_max` is where x starts,
-    as sigma(T_max) times noise, and `T_min` is where it ends; `denoise` then takes the predicted x0. `settings` are arguments of
-    `Field`, as model_type, of the grid and of the sampler; others are passed over. Raises UserError for an unknown sampler or grid.
+    Sample i is a function of (seed, i), to rounding (dopri5: to its tolerance): it does not depend on `batch_size`, which is halved where
+    there is too little memory, or on how samples are shared among processes. With `whole_batches` the network sees one batch size
+    only: further samples fill the last batch, and are dropped. `labels` (N,) holds a label for every sample from 0 on, of which `rows`
+    are used. `T_max` is where x starts, as sigma(T_max) times noise, and `T_min` is where it ends; `denoise` then takes the predicted
+    x0, as a step of the sampler if it has one, the grid leads there by noise levels, and the network's prediction, as of x0, does not
+    lose x1 there. `settings` are arguments of `Field`, as model_type, of the grid and of the sampler; others are ignored. Raises
+    UserError for an unknown sampler or grid.
     """
     settings = {**settings, "process": process}
-    ts = make_grid(sampling_steps, T_min, T_max, **settings)
-    batch_size = batch_size or max(len(rows), 1)
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
-        noise = RowNoise(batch, shape, device, seed, "sample")
-        label = None if labels is None else labels[batch.start : batch.stop].to(device)
+    ts = make_grid(sampling_steps, T_min, T_max, grid, **settings)
+    own_step = (denoise and grid in LEVELS and "denoise" in parameters_of(find(SAMPLERS, sampler))
+                and error_factor(process.at(T_min), settings["model_type"], "x1") < FOG)
+
+    def drawn(batch: range, size: int) -> Tensor:
+        whole = range(batch.start, batch.start + size) if whole_batches else batch
+        noise = RowNoise(whole, shape, device, seed, "sample")
+        label = None if labels is None else labels[torch.tensor(whole) % len(labels)].to(device)
         field = call(Field, **{**settings, "net": net, "label": label})
-        x = process.at(T_max).sigma * noise()
-        x = choose(SAMPLERS, sampler, **{**settings, "field": field, "x": x, "ts": ts, "noise": noise})
+        given = {"field": field, "x": process.at(T_max).sigma * noise(), "ts": ts, "noise": noise, "denoise": own_step}
+        x = choose(SAMPLERS, sampler, **{**settings, **given})
         with torch.no_grad():
-            yield field(x, T_min, "x0") if denoise else x
+            return (field(x, T_min, "x0") if denoise and not own_step else x)[: len(batch)]
+
+    yield from in_batches(drawn, rows, batch_size or len(rows))

@@ -217,5 +217,5 @@ def open_run(folder: str, settings: dict, defaults: dict, may_change: set[str]) 
                             "another --run_name (or remove the folder) to start anew")
     for left in glob.glob(os.path.join(glob.escape(folder), "*.tmp*")):  # of a save that was killed
         os.remove(left)
-    write_atomically(os.path.join(folder, "config.json"), lambda file: file.write(json.dumps(settings, indent=2).encode()))
+    write_atomically(os.path.join(folder, "config.json"), json.dumps(settings, indent=2))
     return bool(checkpoints(folder))

@@ -21,14 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import saving
 import stopping
-from build import autocast, build, draw_all, formatted, make_time_sampler
+from build import COMPILING, TRAINING_CALLS, autocast, build, compiles, draw_all, formatted, make_time_sampler
 from config import MAY_CHANGE, Config
 from couplings import COUPLINGS
 from data_utils import Batches, Dataset, spread_labels
 from ema import EMA
 from logging_utils import Logger, image_grid, scatter_plot
 from metrics import Judge
-from optimizers import learning_rate, make_optimizer, take_step
+from optimizers import learning_rate, load_moments, make_optimizer, take_step
 from prediction import convert, loss_weight, target
 from utils import (
     RowNoise,
@@ -74,13 +74,11 @@ class Batch(NamedTuple):
 class DiffusionTrainer:
     """Trains, watches and saves one run. Every process of the run makes one and calls `train`."""
 
+    draw = staticmethod(draw_all)  # samples of a network, also for sample.py and evaluate.py
+
     def __init__(self, config: Config, dataset: Dataset, device: torch.device):
-        self.config, self.dataset, self.spec, self.device = config, dataset, dataset.spec, device
+        self.set_parts(config, dataset, device, *build(config, dataset.spec, device))
         settings = dataclasses.asdict(config)
-        self.process, self.net = build(config, self.spec, device)
-        self.time_sampler = make_time_sampler(config, self.process)
-        self.batches = Batches(dataset, config.batch_size, config.seed)
-        self.rows = share(config.batch_size)  # of the global batch
         self.optimizer = make_optimizer(self.net, config.weight_decay)
         self.ema = EMA(self.net, config.ema_decay)
         self.step = 0  # steps taken
@@ -98,20 +96,29 @@ class DiffusionTrainer:
             self.restore()
         self.logger = None  # only rank 0 has one
         on_rank0(self.start_logger)
-        # The network as it is trained, wrapped; self.net stays plain, for checkpoints, EMA and sampling.
-        self.ddp = self.forward = self.net
         if world_size() > 1:
             self.ddp = self.forward = DistributedDataParallel(
                 self.net, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
-        if device.type == "cuda" if config.compile is None else config.compile:
+        if compiles(config, device, math.inf if config.compile else config.num_training_steps, TRAINING_CALLS):
+            print0(COMPILING)
             self.forward = torch.compile(self.ddp, mode=config.compile_mode)
 
+    def set_parts(self, config: Config, dataset: Dataset, device: torch.device, process, net) -> None:
+        """What a batch and its loss need."""
+        self.config, self.dataset, self.spec, self.device = config, dataset, dataset.spec, device
+        self.process, self.net = process, net
+        # The network as it is trained, wrapped; self.net stays plain, for checkpoints, EMA and sampling.
+        self.ddp = self.forward = net
+        self.time_sampler = make_time_sampler(config, process)
+        self.batches = Batches(dataset, config.batch_size, config.seed)
+        self.rows = share(config.batch_size)  # of the global batch
+
     @classmethod
-    def only_loss(cls, config: Config, spec, process, net, device: torch.device) -> "DiffusionTrainer":
-        """One that has no run, and of which `loss` alone can be called: evaluate.py takes the loss of a checkpoint."""
+    def only_loss(cls, *parts) -> "DiffusionTrainer":
+        """One without a run, made by `set_parts`: `prepare_batch` and `loss` can be called. evaluate.py takes the loss of a checkpoint."""
         self = cls.__new__(cls)
-        self.config, self.spec, self.process, self.net, self.forward, self.device = config, spec, process, net, net, device
+        self.set_parts(*parts)
         return self
 
     def start_logger(self) -> None:
@@ -283,7 +290,7 @@ class DiffusionTrainer:
             content = {"step": step, **facts, "indices": self.batches.indices(self.data_step(step)).tolist()}
             os.makedirs(os.path.join(self.folder, "skipped"), exist_ok=True)
             path = os.path.join(self.folder, "skipped", f"step_{step:07d}.json")
-            write_atomically(path, lambda file: file.write(json.dumps(content).encode()))
+            write_atomically(path, json.dumps(content))
 
         self.attempt(tell)
 
@@ -364,8 +371,8 @@ class DiffusionTrainer:
         for weights, sampler in self.grids():
             net = self.net if weights == "raw" else self.ema.net
             try:
-                samples = draw_all(c, self.spec, self.process, net, self.device, rows=range(c.num_samples), labels=labels, sampler=sampler,
-                                   together=True)
+                samples, _ = self.draw(c, self.spec, self.process, net, self.device, rows=range(c.num_samples), labels=labels,
+                                       sampler=sampler, together=True)
             except UserError as error:
                 if rank() == 0 and not stopping.asked():
                     complain(f"no grid of {weights} weights by {sampler} at step {self.step}: {error}")
@@ -389,10 +396,10 @@ class DiffusionTrainer:
         labels = spread_labels(self.dataset.labels, c.evaluation_samples) if c.class_conditional else None
         try:
             self.judge = self.judge or Judge(self.dataset, {"train": self.dataset}, self.device)
-            samples = draw_all(c, self.spec, self.process, self.ema.net, self.device, rows=range(c.evaluation_samples), labels=labels,
-                               sampler=c.sampler, together=True)
+            samples, _ = self.draw(c, self.spec, self.process, self.ema.net, self.device, rows=range(c.evaluation_samples), labels=labels,
+                                   sampler=c.sampler, together=True)
             values = self.judge(samples, labels)
-            self.attempt(lambda: self.logger.log(self.step, values))
+            self.attempt(lambda: self.logger.log(self.step, values, kind="evaluation"))
             self.attempt(lambda: self.logger.curves())
         except UserError as error:
             if rank() == 0 and not stopping.asked():
@@ -451,7 +458,7 @@ class DiffusionTrainer:
                 raise UserError(f"{path} is of other data, {name} {theirs}, not {mine}: give it those, or another --run_name")
         saving.restore(self.net, state["net"], path)
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_moments(self.optimizer, state["optimizer"])
         self.step = self.saved = state["step"]
         self.skipped, sums = state["skipped"], state["sums"]
         if len(sums) != world_size():  # another number of processes: what was added up goes to rank 0
@@ -459,3 +466,7 @@ class DiffusionTrainer:
             sums[1:, 2:] = 0
         self.sums = sums[rank()].to(self.device)
         print0(f"going on with {self.folder} from step {self.step}")
+
+
+# What the setting `trainer` can name; training, sampling, evaluation and benchmark take the class from here.
+TRAINERS = {"diffusion": DiffusionTrainer}

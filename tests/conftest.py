@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["WANDB_MODE"] = "disabled"  # a start of wandb takes a second; its own tests set another
 GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # for the one test that wants a GPU; the others compare float32 on the CPU, everywhere
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+PATIENCE = 600  # seconds until a test takes what it waits for to hang: ten times what the longest of them takes on an idle machine
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "WANDB_API_KEY"):
     os.environ.pop(name, None)
 
@@ -43,7 +44,7 @@ def process(request):
 def tiny(tmp_path, **changes) -> Config:
     """The digits preset, made so small that a step takes milliseconds."""
     settings = dict(model_channels=8, batch_size=16, num_training_steps=4, warmup_steps=2, sampling_steps=2, num_samples=10, log_every=1,
-                    sample_every=0, save_every=0, evaluate_every=0, wandb="disabled", ckpt_dir=str(tmp_path))
+                    sample_every=0, save_every=0, evaluate_every=0, ckpt_dir=str(tmp_path))
     return Config(**{**PRESETS["digits"], **settings, **changes})
 
 
@@ -80,7 +81,7 @@ def flags(config: Config) -> list[str]:
     return words
 
 
-def run(*command, cwd=ROOT, timeout=240, **environment):
+def run(*command, cwd=ROOT, timeout=PATIENCE, **environment):
     """Runs a command without a terminal; output as text in .stdout and .stderr."""
     env = {**os.environ, "PYTHON": sys.executable, "THREADS": "1", "OMP_NUM_THREADS": "1", **environment}
     words = [sys.executable if word == "python" else str(word) for word in command]

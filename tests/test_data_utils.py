@@ -281,9 +281,9 @@ def test_bad_arrays(tmp_path):
         ((np.array([["a", "b"]]),), "expected vectors"),
         ((np.array([[1, None]], object),), "cannot read"),
         ((np.full((4, 2), np.nan),), "not finite"),
-        ((good, np.zeros(3, int)), "labels arr_1"),
-        ((good, np.zeros(4)), "labels arr_1"),
-        ((good, np.array([0, 1, -1, 2])), "labels arr_1 run from -1 to 2"),
+        ((good, np.zeros(3, int)), "labels are .* expected whole numbers of shape"),
+        ((good, np.zeros(4)), "labels are .* expected whole numbers of shape"),
+        ((good, np.array([0, 1, -1, 2])), "labels run from -1 to 2"),
         ((good, np.array([0, 1, 2, 10**12])), "number them anew"),
         ((good, np.array([0, 1, 2, 2**63], np.uint64)), "number them anew"),
         ((np.full((4, 2), 1e300),), "not finite in float32"),
@@ -332,3 +332,36 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert not np.array_equal(other.indices(0), forward[0])
     x, label = ours(3, slice(2, 6))
     assert np.array_equal(x[:, 0].numpy(), forward[3][2:6]) and np.array_equal(label.numpy(), forward[3][2:6] % 3)
+
+
+def test_two_data_sets_of_one_length_are_read_in_other_orders():
+    """As the two ends of an interpolant are; the name is that of the data set and its split, or one's own."""
+    one, other = dataset(50), dataset(50)
+    assert np.array_equal(Batches(one, 8, 0).indices(0), Batches(other, 8, 0).indices(0))
+    other.name = "source"
+    assert not np.array_equal(Batches(one, 8, 0).indices(0), Batches(other, 8, 0).indices(0))
+    names = [load_dataset("moons", split="train").name, load_dataset("moons", split="test").name, load_dataset("checkerboard").name]
+    assert names == ["moons train", "moons test", "checkerboard train"]
+
+
+IMAGES, LABELS = np.zeros((6, 3, 8, 8), np.uint8), np.arange(6) % 2
+
+
+@pytest.mark.parametrize("data, labels, words", [
+    (IMAGES, LABELS[:5], r"labels are int64 of shape \(5,\): expected whole numbers of shape \(6,\)"),
+    (IMAGES, LABELS.astype(float), "labels are float64 of shape"),
+    (IMAGES, np.eye(6, 5, dtype=int), r"labels are int64 of shape \(6, 5\): expected"),
+    (IMAGES, LABELS - 1, "labels run from -1 to 0: expected the numbers of the classes, from 0"),
+    (IMAGES, torch.from_numpy(LABELS), "labels are of type Tensor: expected an array of numpy"),
+    (IMAGES, list(LABELS), "labels are of type list"),
+    (torch.from_numpy(IMAGES), LABELS, "data are of type Tensor"),
+    (IMAGES / 255, LABELS, r"data are float64 of shape \(6, 3, 8, 8\): expected vectors \(N, D\), or images \(N, C, H, W\) uint8"),
+    (IMAGES.transpose(0, 2, 3, 1), LABELS, r"data are uint8 of shape \(6, 8, 8, 3\): expected .*C 1, 3 or 4"),
+    (np.zeros((6, 8, 8), np.uint8), None, r"of shape \(6, 8, 8\): expected"),
+    (np.full((6, 2), np.inf), None, "not finite in float32"),
+    (np.zeros((0, 2)), None, r"of shape \(0, 2\): expected"),
+])
+def test_make_dataset_says_what_it_was_given(data, labels, words):
+    with pytest.raises(UserError, match=f"^make_dataset: .*{words}") as raised:
+        make_dataset(data, labels)
+    assert "\n" not in str(raised.value)

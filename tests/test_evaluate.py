@@ -16,10 +16,10 @@ import saving
 from cards import git_commit
 from data_utils import load_dataset
 from evaluate import Options
-from evaluation import Counted, Evaluation, steps_for
+from evaluation import Evaluation, steps_for
 from likelihood import bits_per_dim
 from sampling import ODE_SAMPLERS, SDE_SAMPLERS
-from trainer import DiffusionTrainer
+from trainer import TRAINERS, DiffusionTrainer
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -79,7 +79,10 @@ def test_loss_by_t_is_that_of_the_best_velocity(runs, tmp_path):
     """For N(0, 1) data and rectified flow, E |x1 - x0 - E[x1 - x0 | xt]|^2 = 1 / ((1 - t)^2 + t^2)."""
     e = evaluation(runs, "normal", tmp_path, loss_num=4000)
     t, losses = e.losses(e.process, gaussian(e.process, "velocity", dims=2, mean=0.0, std=1.0), e.data["train"])
-    assert len(t) == len(losses) == 4000 and np.allclose(np.sort(t), np.linspace(e.config.T_min, e.config.T_max, 4000), atol=1e-3)
+    assert len(t) == len(losses) == 4000
+    for batch in t.reshape(-1, e.config.batch_size):  # one in each part of the range
+        parts = (batch - e.config.T_min) / (e.config.T_max - e.config.T_min) * e.config.batch_size
+        assert sorted(np.clip(parts, 0, e.config.batch_size - 1e-3).astype(int)) == list(range(e.config.batch_size))
     exact = 1 / ((1 - t) ** 2 + t**2)
     for part in np.array_split(np.argsort(t), 5):
         error = (losses - exact)[part]
@@ -87,17 +90,20 @@ def test_loss_by_t_is_that_of_the_best_velocity(runs, tmp_path):
 
 
 def test_steps_for_is_what_fits(process):
-    field = dict(process=process, model_type="velocity", sde_diffusion="sigma", corrector_snr=0.16, churn=1.0, churn_min=0.0, churn_max=80)
-    for name, sampler in {**ODE_SAMPLERS, **SDE_SAMPLERS}.items():
+    field = dict(process=process, model_type="velocity", sde_diffusion="sigma", corrector_snr=0.16, churn=1.0, churn_min=0.0, churn_max=80,
+                 seed=0, T_min=1e-3, T_max=0.99, grid="edm", rho=7.0)
+    for name in {**ODE_SAMPLERS, **SDE_SAMPLERS}:
         if name == "dopri5":
             continue
+        assert steps_for(name, 35, **field, denoise=True) == {"heun": 17, "edm_churn": 17, "midpoint": 17, "rk4": 8, "stochastic_heun": 17,
+                                                              "predictor_corrector": 17}.get(name, 34), name
         for calls in (1, 4, 5, 20):
-            steps = steps_for(sampler, calls, **field)
+            steps = steps_for(name, calls, **field)
             assert 0 <= steps <= calls
             per_step = {"rk4": 4, "heun": 2, "midpoint": 2, "stochastic_heun": 2, "predictor_corrector": 2, "edm_churn": 2}.get(name, 1)
             assert abs(steps * per_step - calls) <= per_step, (name, calls, steps)
-            guided = steps_for(sampler, 2 * calls, **field, label=torch.zeros(1, dtype=torch.int64), guidance_scale=2.0)
-            assert guided == steps == steps_for(sampler, 2 * calls, **field, guide=1, guidance_scale=2.0), name
+            guided = steps_for(name, 2 * calls, **field, labels=torch.zeros(1, dtype=torch.int64), guidance_scale=2.0)
+            assert guided == steps == steps_for(name, 2 * calls, **field, guide=1, guidance_scale=2.0), name
 
 
 # ---- The card and what lies beside it
@@ -191,10 +197,25 @@ def test_without_inception_it_takes_the_classifier_unless_it_was_asked_for(runs,
         evaluation(tmp_path, "colour", tmp_path, inception_weights="none.pth")
 
 
-def test_no_loss_by_t_where_noise_is_chosen_with_the_data(runs, tmp_path, capsys):
-    e = evaluation(runs, "points", tmp_path)
-    e.config.coupling = "ot"
-    assert e.loss() is None and "coupling ot chooses" in capsys.readouterr().out
+def test_the_loss_is_that_of_the_runs_own_trainer(runs, tmp_path, monkeypatch):
+    """Its batches, as of a coupling, and its loss; here data without spread, and a loss that begins at 1,000."""
+    class Own(DiffusionTrainer):
+        def prepare_batch(self, step):
+            return super().prepare_batch(step)._replace(x0=torch.zeros(16, 2))
+
+        def loss(self, batch):
+            assert not batch.x0.any()
+            return 1000 + super().loss(batch)
+
+    e = evaluation(runs, "points", tmp_path, loss_num=64)
+    plain = e.loss()
+    e.config.coupling, e.config.sde_sampler = "ot", None  # pairs that are near, with a smaller loss
+    assert e.loss()["ema_train"] < plain["ema_train"]
+    monkeypatch.setitem(TRAINERS, "own", Own)
+    state = saving.load(str(runs / "points" / "last.pt"))
+    saving.save(str(tmp_path), {**state, "config": {**state["config"], "trainer": "own"}})
+    own = evaluation(tmp_path, ".", tmp_path, loss_num=64).loss()
+    assert all(1000 < own[name] < 1010 for name in ("raw_train", "ema_train", "raw_test", "ema_test"))
 
 
 def test_near_copies_are_found(runs, tmp_path):
@@ -220,9 +241,6 @@ def test_network_calls_count_guidance_and_what_an_adaptive_solver_takes(runs, tm
     e = evaluation(runs, "digits", tmp_path, num=10)
     calls = [e.draw(0, "dopri5", rtol=tolerance, atol=tolerance)[2] for tolerance in (1e-1, 1e-4)]
     assert 5 < calls[0] < calls[1]
-    net = Counted(lambda xt, t, label: xt)
-    net(torch.zeros(3, 1), None, None)
-    assert net.items == 3
 
 
 def test_two_processes_give_the_same_card(runs, tmp_path):
@@ -358,4 +376,5 @@ def test_two_processes_evaluate_as_one(tmp_path):
         result = run(*words, "main.py", *flags(config))
         assert result.returncode == 0, result.stderr
         found.append(metrics_of(tmp_path / name / "digits")[-1])
+    assert found[0].pop("kind") == found[1].pop("kind") == "evaluation"
     assert "recognised" in found[0] and found[0] == pytest.approx(found[1], rel=1e-2, abs=1e-3)

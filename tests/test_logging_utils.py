@@ -16,10 +16,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import PATIENCE, ROOT, run
 from PIL import Image
 
-from logging_utils import Logger, image_grid, run_id, scatter_plot
+from logging_utils import Logger, image_grid, run_id, scatter_plot, wandb_mode
 
 SETTINGS = {"mults": (1, 2), "bf16": None, "lr": 0.1}
 
@@ -74,6 +74,20 @@ def test_metrics_have_each_step_once_after_going_on(tmp_path, capsys):
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 0.2)]
     logger(tmp_path, step=0).finish()
     assert lines(tmp_path) == []
+
+
+def test_only_an_evaluation_counts_as_one(tmp_path):
+    """Another line by itself, as a project may log, does not; curves show what it holds."""
+    log = logger(tmp_path)
+    log.log(1, values(1.0))
+    log.log(1, {"spectrum_error": 0.5}, kind="spectrum")
+    assert not log.evaluated(1) and not log.evaluated(2)
+    log.log(1, {"recognised": 0.9}, kind="evaluation")
+    assert log.evaluated(1) and not log.evaluated(2)
+    assert [line["kind"] for line in lines(tmp_path)] == ["training", "spectrum", "evaluation"]
+    log.curves()
+    assert Image.open(tmp_path / "curves.png").size == (2000, 600)  # six panels in rows of four
+    log.finish()
 
 
 def test_pictures_and_curves(tmp_path):
@@ -164,11 +178,11 @@ def servers():
     ("answers", "a" * 40, "404"),
 ])
 def test_online_without_key_or_server_becomes_offline_in_one_line(tmp_path, servers, server, key, words):
-    """Offline within 30 s, the whole process in 45 s, with one line of notice."""
+    """Offline with one line of notice, within 30 s on an idle machine."""
     start = time.monotonic()
     environment = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_MODE": "online", "WANDB_BASE_URL": servers[server]}
     result = run("python", "-c", ONLINE, ROOT, tmp_path, **environment, **({"WANDB_API_KEY": key} if key else {}))
-    assert result.returncode == 0 and time.monotonic() - start < 45, result.stderr
+    assert result.returncode == 0 and time.monotonic() - start < PATIENCE / 2, result.stderr
     (line,) = result.stderr.splitlines()
     assert line.startswith("wandb: logging offline, since online failed") and words in line
     assert "wandb sync" in result.stdout and list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
@@ -176,13 +190,15 @@ def test_online_without_key_or_server_becomes_offline_in_one_line(tmp_path, serv
 
 
 def test_a_mode_of_the_environment(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WANDB_MODE", "garbage")
-    assert logger(tmp_path).run is None
-    assert capsys.readouterr().err == "wandb: WANDB_MODE 'garbage' is not known: expected online, offline or disabled; taking disabled\n"
-    monkeypatch.setenv("WANDB_MODE", "")
-    assert logger(tmp_path).run is None and capsys.readouterr().err == ""
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert logger(tmp_path, "online").run is None
+    """It holds where there is no setting: the command line wins."""
+    for environment, setting, expected in (("disabled", None, "disabled"), ("", None, "online"), ("online", "disabled", "disabled"),
+                                           ("disabled", "offline", "offline"), ("garbage", "disabled", "disabled")):
+        monkeypatch.setenv("WANDB_MODE", environment)
+        assert wandb_mode(setting) == expected and capsys.readouterr().err == ""
+    assert wandb_mode(None) == "offline"
+    assert capsys.readouterr().err == "wandb: WANDB_MODE 'garbage' is not known: expected online, offline or disabled; taking offline\n"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert logger(tmp_path, "disabled").run is None
 
 
 MIDDLE = """
@@ -208,13 +224,13 @@ def break_in_the_middle(folder, mode, breaks, **environment):
     environment = {**os.environ, "HOME": str(folder), "NETRC": str(folder / "none"), "WANDB_MODE": mode, **environment}
     with subprocess.Popen([sys.executable, "-c", MIDDLE, ROOT, folder, mode], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True, env=environment) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not (folder / "ready").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         breaks(process)
         start = time.monotonic()
         (folder / "go").touch()
-        output, errors = process.communicate(timeout=90)
+        output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and output.endswith("finished\n"), errors
     assert [line["step"] for line in lines(folder / "run")] == list(range(1, 40))
     return errors, time.monotonic() - start
@@ -248,7 +264,7 @@ class Wandb(NotFound):
 
 
 def test_wandb_server_gone_in_the_middle(tmp_path):
-    """Training goes on, and the end waits for it no longer than 30 s; what wandb has is on the disk."""
+    """Training goes on, and the end waits for it some 20 s on an idle machine, not 546 s; what wandb has is on the disk."""
     class Server(http.server.ThreadingHTTPServer):
         def finish_request(self, *request):
             if not gone:
@@ -259,7 +275,7 @@ def test_wandb_server_gone_in_the_middle(tmp_path):
     errors, seconds = break_in_the_middle(tmp_path, "online", gone.append, WANDB_API_KEY="a" * 40,
                                           WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}")
     server.shutdown()
-    assert seconds < 35 and errors.count("\n") == 1 and "no end in" not in errors, errors
+    assert seconds < PATIENCE / 2 and errors.count("\n") == 1 and "no end in" not in errors, errors
     assert "wandb: closing it failed" in errors and "sync --include-online" in errors, errors
     assert len(read_wandb(tmp_path / "run", "run-*")[1]) == 39
 
@@ -269,7 +285,7 @@ def test_wandb_process_killed_in_the_middle(tmp_path):
         subprocess.run(["pkill", "-KILL", "-P", str(process.pid), "-f", "wandb-core"], check=True)
 
     errors, seconds = break_in_the_middle(tmp_path, "offline", kill)
-    assert seconds < 20 and errors.count("\n") == 1 and "wandb: logging to it failed" in errors, errors
+    assert seconds < PATIENCE / 2 and errors.count("\n") == 1 and "wandb: logging to it failed" in errors, errors
     assert len(read_wandb(tmp_path / "run")[1]) >= 15  # up to a second before
 
 
@@ -282,7 +298,8 @@ def test_wandb_folder_full(tmp_path):
     try:
         (folder / "filler").write_bytes(b"x" * 4096)
         errors, seconds = break_in_the_middle(tmp_path, "offline", lambda process: None)
-        assert seconds < 30 and 1 <= errors.count("\n") <= 2 and all(line.startswith("wandb: ") for line in errors.splitlines()), errors
+        assert seconds < PATIENCE / 2 and 1 <= errors.count("\n") <= 2, errors
+        assert all(line.startswith("wandb: ") for line in errors.splitlines()), errors
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
 

@@ -81,3 +81,14 @@ def test_flow_solves_the_ode(process):
     slope = (data.flow(x, 0.5, 0.5 + 1e-5) - data.flow(x, 0.5, 0.5 - 1e-5)) / 2e-5
     torch.testing.assert_close(slope, data(x, torch.full((5,), 0.5, dtype=torch.float64)), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(data.flow(data.flow(x, 0.5, 0.2), 0.2, 0.5), x)
+
+
+def test_one_variance_and_moments_are_exact_in_float64():
+    """0.1 in float32 would be 0.10000000149."""
+    process = PROCESSES["ve_linear"]()
+    data = GaussianMixture(process, "x0", torch.zeros(1, 2), 0.1)
+    exact = torch.eye(2, dtype=torch.float64)
+    assert torch.equal(data.covariances[0], 0.1 * exact)
+    mean, covariance = data.moments(0.3)
+    assert covariance.dtype == mean.dtype == torch.float64
+    torch.testing.assert_close(covariance, (0.1 + process.at(0.3).sigma ** 2) * exact, rtol=1e-14, atol=0)

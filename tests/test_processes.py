@@ -132,3 +132,20 @@ def test_make_process():
     assert made.at(1.0).variance.item() == pytest.approx(0.49 + 100)
     with pytest.raises(UserError, match="rf, cosine, linear_vp, sub_vp, ve, ve_linear, edm"):
         make_process("vp")
+
+
+def test_delta_at_the_data():
+    """g^2 / 2 at t = 0: beta_min / 2 for linear_vp, where sigma_dot is infinite, and 0 for sub_vp."""
+    for time in (0.0, 1e-6, 0.5):
+        assert PROCESSES["linear_vp"](0.3, 15.0).at(time).delta == pytest.approx(0.15 + 7.35 * time, rel=1e-12)
+    assert PROCESSES["sub_vp"]().at(0.0).delta == 0
+
+
+def test_a_sigma_min_of_0():
+    for name in ("ve_linear", "edm"):
+        process = PROCESSES[name](sigma_min=0.0)
+        assert process.at(0.0).sigma == 0 and process.at(1.0).sigma == 80
+        t = torch.linspace(0.01, 1, 50, dtype=torch.float64)
+        torch.testing.assert_close(process.time(process.log_snr(t)), t)
+    with pytest.raises(UserError, match="sigma_min 0.0: process ve .*--process ve_linear"):
+        PROCESSES["ve"](sigma_min=0.0)

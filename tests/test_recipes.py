@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT, flags, run, tiny
+from conftest import ROOT, assert_one_line_error, flags, launch, run, tiny
 
 README = (ROOT / "README.md").read_text()
 
@@ -58,14 +58,27 @@ def test_the_oracle_in_a_script(tmp_path):
     assert float(re.search(r"tensor\((.*?)[,)]", result.stdout).group(1)) < 1e-3
 
 
-def test_your_own_loss(tmp_path):
-    ((file, code),) = recipe("Your own loss")
-    old = "        return weight * mean_flat((prediction - target(config.target_type, c, batch.x0, batch.x1)) ** 2)\n"
-    train_copy(tmp_path, [(file, old, code)])
+def test_your_own_trainer(tmp_path):
+    """Trained, sampled and evaluated, on one process and two; its loss is the square root of the usual one, nearly."""
+    ((file, code),) = recipe("Your own trainer")
+    start = "\nTRAINERS = {"
+    changed = [(file, start, f"\n{code}\n{start}{row('TRAINERS', code)}, ")]
+    _, copy, last = train_copy(tmp_path, changed, "--trainer", "robust")
     plain = run("python", "main.py", "digits", *flags(tiny(tmp_path, run_name="plain")))
-    assert plain.returncode == 0
-    losses = [json.loads(open(tmp_path / name / "metrics.jsonl").readline())["loss"] for name in ("digits", "plain")]
-    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert plain.returncode == 0 and last["loss"] > 0
+    losses = {}
+    for name, words, where in (("digits", ["python"], copy), ("two", launch(2), copy), ("plain", ["python"], ROOT)):
+        ckpt = tmp_path / ("plain" if name == "plain" else "digits") / "last.pt"
+        result = run(*words, "evaluate.py", "--ckpt", ckpt, "--out", tmp_path / f"card_{name}", "--num", "10", "--seeds", "1",
+                     "--likelihood_num", "0", "--loss_num", "500", "--neighbours_num", "0", cwd=where)
+        assert result.returncode == 0, result.stderr
+        losses[name] = json.loads((tmp_path / f"card_{name}" / "card.json").read_text())["loss"]["raw_train"]
+    assert losses["two"] == pytest.approx(losses["digits"], rel=1e-4)
+    assert losses["digits"] == pytest.approx(losses["plain"] ** 0.5, rel=0.1) and abs(losses["digits"] - losses["plain"]) > 0.05
+    drawn = run("python", "sample.py", "--ckpt", tmp_path / "digits" / "last.pt", "--num", "4", "--out", tmp_path / "x.npz", cwd=copy)
+    assert drawn.returncode == 0, drawn.stderr
+    elsewhere = run("python", "sample.py", "--ckpt", tmp_path / "digits" / "last.pt", "--num", "4", "--out", tmp_path / "x.npz")
+    assert_one_line_error(elsewhere, "'robust' is not known here: expected one of diffusion")
 
 
 @pytest.mark.parametrize("name, before, arguments", [

@@ -83,10 +83,9 @@ def test_on_a_gpu(tmp_path):
 
 
 def test_preset_through_run_sh_with_wandb(tmp_path):
-    config = tiny(tmp_path, run_name="my run")
+    config = tiny(tmp_path, run_name="my run", wandb="offline")
     words = flags(config)
-    words[words.index("--wandb") + 1] = "offline"
-    result = run("sh", ROOT / "run.sh", "digits", *words, cwd="/", GPUS="2", WANDB_MODE="offline")
+    result = run("sh", ROOT / "run.sh", "digits", *words, cwd="/", GPUS="2")
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     folder = tmp_path / "my run"
     for name in ("last.pt", "metrics.jsonl", "samples/ema_heun_0000004.png"):
@@ -127,6 +126,9 @@ def test_wrong_options_of_run_sh(options, words):
 def test_a_crash_keeps_its_traceback_and_a_signal_is_named(tmp_path):
     (tmp_path / "crash.py").write_text("raise RuntimeError('a bug')")
     (tmp_path / "killed.py").write_text("import os; os.kill(os.getpid(), 9)")
+    (tmp_path / "aborted.py").write_text("import os; os.abort()")
     crash, killed = run(*launch(1), tmp_path / "crash.py"), run(*launch(1), tmp_path / "killed.py")
+    aborted = run(*launch(1), tmp_path / "aborted.py")
+    assert aborted.returncode == 134 and "process 0 was ended by SIGABRT (NCCL time-out?)" in aborted.stderr
     assert crash.returncode == 1 and crash.stderr.count("Traceback") == 1 and "a bug" in crash.stderr
     assert killed.returncode == 137 and "SIGKILL" in killed.stderr and "Traceback" not in killed.stderr

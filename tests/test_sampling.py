@@ -10,10 +10,12 @@ import torch
 from conftest import gaussian
 
 from check import mixture
+from config import PRESETS, Config
+from likelihood import log_likelihood
 from prediction import PREDICTIONS
-from processes import PROCESSES
+from processes import PROCESSES, make_process
 from sampling import DIFFUSIONS, GRIDS, ODE_SAMPLERS, SAMPLERS, SDE_SAMPLERS, Field, draw, euler, make_grid
-from utils import UserError, call
+from utils import RowNoise, UserError, call
 
 SETTINGS = dict(model_type="velocity", sampling_steps=4, T_min=1e-3, T_max=0.999)
 GRID_SETTINGS = dict(grid_shift=3.0, rho=7.0)
@@ -104,7 +106,9 @@ def test_noise_in_every_step_but_the_last(sampler):
 
     settings = {"churn_max": 100.0, "churn_min": 0.0} if sampler == "edm_churn" else {}
     SDE_SAMPLERS[sampler](field(process), x, make_grid(6, 0.01, 0.9), noise, **settings)
-    assert len(calls) == (10 if sampler == "predictor_corrector" else 5)
+    assert len(calls) == {"predictor_corrector": 10, "edm_churn": 6}.get(sampler, 5)
+    if sampler == "edm_churn":  # which adds noise before a step, also before the last
+        return
     one = SDE_SAMPLERS[sampler](field(process), x, [0.5, 0.2], noise, **settings)
     last = ODE_SAMPLERS["ddim" if sampler == "ancestral" else "euler"](field(process), x, [0.5, 0.2])
     assert torch.equal(one, last) and len(calls) % 5 == 0
@@ -157,6 +161,139 @@ def test_churn_goes_back_to_the_noise_that_edm_says():
         ts = [process.time(torch.tensor(-2 * math.log(sigma))).item() for sigma in (5.0, 2.0, 1.0, 0.5, 0.1)]
         SDE_SAMPLERS["edm_churn"](Field(net, process, "velocity"), start(), ts, churn=churn, churn_min=0.6, churn_max=3.0)
         assert times[0::2] == pytest.approx([5, 2 * factor, factor, 0.5], rel=1e-6)
+
+
+def edm_of_the_paper(D, x, noise, N=18, churn=0.0, churn_min=0.0, churn_max=math.inf, churn_noise=1.0):
+    """Karras et al. 2022, algorithm 2 (algorithm 1 for churn 0), with sigma(t) = t and D(x; sigma), from 80 to 0."""
+    t = [(80 ** (1 / 7) + i / (N - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(N)] + [0.0]
+    for i in range(N):
+        gamma = min(churn / N, 2**0.5 - 1) if churn_min <= t[i] <= churn_max else 0.0
+        t_hat = t[i] + gamma * t[i]
+        if gamma > 0:
+            x = x + (t_hat**2 - t[i] ** 2) ** 0.5 * churn_noise * noise()
+        d = (x - D(x, t_hat)) / t_hat
+        x_next = x + (t[i + 1] - t_hat) * d
+        if t[i + 1] != 0:
+            d_next = (x_next - D(x_next, t[i + 1])) / t[i + 1]
+            x_next = x + (t[i + 1] - t_hat) * (d + d_next) / 2
+        x = x_next
+    return x
+
+
+@pytest.mark.parametrize("sampler, changes", [
+    ("heun", {}),
+    ("edm_churn", {}),  # as for CIFAR-10 in the paper: in [0.01, 1]
+    ("edm_churn", dict(churn=40.0, churn_min=0.0, churn_max=1e9, churn_noise=1.003)),  # from 80, beyond t = 1, and in the last step
+    ("heun", dict(sigma_min=0.0, T_min=2.5e-5)),  # 80 t, of which 0.002 is the least level
+    ("heun", dict(sampling_steps=8)),
+])
+def test_the_preset_cifar10_edm_is_edms_sampler(sampler, changes):
+    """By the same noise, to 1e-5, with as many network calls: 35 for 18 levels."""
+    settings = {**vars(Config(**PRESETS["cifar10_edm"])), **changes, "sampler": sampler}
+    process, calls = make_process(**settings), []
+    mixtures = {kind: mixture(process, kind) for kind in ("edm", "x0")}
+
+    def net(x, t, label):
+        calls.append(t)
+        return mixtures["edm"](x, t)
+
+    def D(x, sigma):
+        return mixtures["x0"](x, process.inverse(torch.full((64,), -2 * math.log(sigma), dtype=torch.float64)))
+
+    settings |= dict(rows=range(64), shape=(2,), device="cpu", process=process)
+    (got,) = draw(net, **settings)
+    noise = RowNoise(range(64), (2,), "cpu", 0, "sample")
+    start, N = 80 * noise().double(), settings["sampling_steps"] + 1
+    churn = {name: settings[name] for name in ("churn", "churn_min", "churn_max", "churn_noise")} if sampler == "edm_churn" else {}
+    torch.testing.assert_close(got.double(), edm_of_the_paper(D, start, noise, N, **churn), rtol=1e-5, atol=1e-5)
+    assert len(calls) == 2 * N - 1
+
+
+def test_what_steps_in_a_warped_time_cost():
+    """Root mean square errors of 18 levels on data N(0, 0.25), as the README has them: EDM's own time, and that of process edm."""
+    errors = {}
+    for name in ("ve_linear", "edm"):
+        process = PROCESSES[name]()
+        net = gaussian(process, mean=0.0)
+        settings = dict(rows=range(4000), shape=(1,), device="cpu", seed=0, sampler="heun", grid="edm", rho=7.0, denoise=True, T_min=0.0,
+                        T_max=1.0, model_type="velocity", sampling_steps=17)
+        (got,) = draw(net, process, **settings)
+        x = net.flow(process.at(1.0).sigma * RowNoise(range(4000), (1,), "cpu", 0, "sample")(), 1.0, 0.0)
+        errors[name] = (got - Field(net, process, "velocity")(x, 0.0, "x0")).square().mean().sqrt().item()
+    print(errors)
+    assert errors["ve_linear"] == pytest.approx(0.028, abs=0.002) and errors["edm"] == pytest.approx(0.11, abs=0.01)
+
+
+def test_dpmpp_2m_is_of_order_2_also_from_data_to_noise(process):
+    data, x = mixture(process), mixture(process).sample(16, torch.Generator().manual_seed(0), 0.2)[0]
+    field, ends = Field(data, process, "velocity"), (0.2, 0.7)
+    exact = ODE_SAMPLERS["dopri5"](field, x, list(ends), rtol=1e-10, atol=1e-10)
+
+    def error(n):
+        ts = make_grid(n, *ends)[::-1]
+        return (ODE_SAMPLERS["dpmpp_2m"](field, x, ts) - exact).abs().mean().item()
+
+    assert 1.8 < math.log(error(64) / error(256)) / math.log(4) < 2.2
+
+
+# ---- Predictions that lose x0 near the noise
+
+
+@pytest.mark.parametrize("kind", ["x1", "score"])
+@pytest.mark.parametrize("name", ["rf", "cosine"])
+def test_an_error_of_x1_does_not_blow_up_at_the_start(name, kind):
+    """A network off by 1% of x1: samples and likelihoods stay near those of the exact one, though alpha is 1e-4 at the start."""
+    process = PROCESSES[name]()
+    exact, data = gaussian(process, dims=2), gaussian(process, kind, dims=2)
+
+    def net(x, t, label=None):
+        off = 0.01 if kind == "x1" else -0.01 / process.coefs(t, 2).sigma
+        return data(x, t) + off
+
+    settings = dict(rows=range(200), shape=(2,), device="cpu", seed=0, T_min=1e-4, T_max=0.9999, sampling_steps=20)
+    for sampler in ("heun", "dpmpp_2m", "euler_maruyama"):
+        (good,), (got,) = (draw(f, process, sampler=sampler, model_type=k, **settings) for f, k in ((exact, "velocity"), (net, kind)))
+        assert (got - good).abs().max() < 0.25, sampler
+    x0 = exact.sample(50, torch.Generator().manual_seed(0))[0]
+    nats = log_likelihood(Field(net, process, kind), x0, 1e-4, 0.9999)
+    assert (nats - exact.log_prob(x0, torch.zeros(50))).abs().max() < 0.5
+
+
+def test_the_network_is_not_called_where_it_loses_x0():
+    """Later than sigma / alpha = 20 it is called there, with x scaled to that noise, for the guidance of the time asked for."""
+    process, calls = PROCESSES["rf"](), []
+
+    def net(x, t, label):
+        calls.append((x, t[0].item(), label is None))
+        return mixture(process, "x1")(x, t)
+
+    label = torch.zeros(6, dtype=torch.int64)
+    for T, seen, guided in ((0.9, 0.9, True), (0.99, 20 / 21, False), (1.0, 20 / 21, False)):
+        limited = Field(net, process, "x1", label, 2.0, guidance_t_max=0.96)
+        velocity, x0 = limited(start(), T, "velocity", "x0")
+        assert {round(t, 6) for _, t, _ in calls} == {round(seen, 6)} and len(calls) == 1 + guided
+        torch.testing.assert_close(calls[0][0], start() * seen / T)
+        torch.testing.assert_close(velocity, (start() - (1 - T) * x0) / T - x0)
+        calls.clear()
+    for name, kind in (("rf", "velocity"), ("rf", "v"), ("cosine", "x0"), ("linear_vp", "x1"), ("ve_linear", "score"), ("rf", "edm")):
+        assert Field(net, PROCESSES[name](), kind).latest == math.inf, (name, kind)
+
+
+def test_denoise_is_a_step_of_heuns_where_the_levels_lead_there_and_x1_is_known():
+    """Else it is a step of its own: after a long last step, or where x0 from the network loses x1, Heun's correction would be noise."""
+    def calls(**changes):
+        made, settings = [], {"grid": "edm", "model_type": "velocity", "sampler": "heun", **changes}
+        process = PROCESSES["rf"]()
+
+        def net(x, t, label):
+            made.append(t)
+            return mixture(process, settings["model_type"])(x, t)
+
+        next(draw(net, process, rows=range(2), shape=(2,), device="cpu", seed=0, T_min=1e-4, T_max=0.9999, sampling_steps=5, rho=7.0,
+                  denoise=True, **settings))
+        return len(made)
+
+    assert calls() == 11 and calls(grid="uniform") == calls(model_type="x0") == 10 and calls(sampler="euler") == 6
 
 
 @pytest.mark.parametrize("diffusion", list(DIFFUSIONS))
@@ -331,3 +468,48 @@ def test_euler_follows_the_exact_flow(process):
     x = data.sample(20, torch.Generator().manual_seed(0), high)[0]
     out = euler(Field(data, process, "velocity"), x, make_grid(2000, low, high))
     torch.testing.assert_close(out, data.flow(x, high, low), rtol=1e-2, atol=1e-2)
+
+
+# ---- Memory, and one batch size
+
+
+def test_too_little_memory_halves_the_batch(capfd):
+    """The same samples, in smaller batches, with one line each time; and one line at the end where not even one fits."""
+    process, sizes, limit = PROCESSES["rf"](), [], [3]
+
+    def net(x, t, label):
+        sizes.append(len(x))
+        if len(x) > limit[0]:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return mixture(process)(x, t)
+
+    def samples(**changes):
+        settings = {**SETTINGS, "shape": (2,), "device": "cpu", "seed": 0, "sampler": "euler", **changes}
+        return torch.cat(list(draw(net, process, rows=range(10), **settings)))
+
+    few = samples(batch_size=12)
+    assert [n for i, n in enumerate(sizes) if i == 0 or n != sizes[i - 1]] == [10, 5, 2] and len(sizes) == 2 + 5 * 4
+    error = capfd.readouterr().err
+    assert error.count("\n") == 2 and "out of memory for 10 items at once (CUDA out of memory" in error
+    assert "--sampling_batch_size 2" in error
+    limit[0] = 10
+    torch.testing.assert_close(few, samples())
+    limit[0] = 0
+    with pytest.raises(UserError, match="out of memory for a single item"):
+        samples()
+
+
+def test_whole_batches_have_one_size_and_change_no_sample():
+    process, sizes = PROCESSES["rf"](), set()
+
+    def net(x, t, label):
+        sizes.add(len(x))
+        return mixture(process)(x, t, label)
+
+    settings = {**SETTINGS, "shape": (2,), "device": "cpu", "seed": 0, "sampler": "euler_maruyama", "labels": torch.arange(10) % 3}
+    whole, parts = (torch.cat(list(draw(net, process, rows=range(10), batch_size=4, whole_batches=w, **settings))) for w in (True, False))
+    assert sizes == {4, 2}
+    torch.testing.assert_close(whole, parts)
+    sizes.clear()
+    list(draw(net, process, rows=range(10), batch_size=4, whole_batches=True, **settings))
+    assert sizes == {4}

@@ -5,6 +5,8 @@ import math
 import pytest
 import scipy.stats
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from processes import PROCESSES
 from time_samplers import TIME_SAMPLERS, LogitNormal, Stratified
@@ -119,3 +121,39 @@ def test_stratified_has_one_time_in_each_interval_in_random_order():
 
 def test_logit_normal_settings_matter():
     assert draws(LogitNormal(logit_normal_loc=2.0)).mean() > 0.8 and draws(LogitNormal(logit_normal_scale=0.1)).std() < 0.05
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operations, each of which is a kernel or more on a GPU, and those that read a value or copy to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.waits = 0, []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), settings=None):
+        self.count += 1
+        result = operation(*arguments, **(settings or {}))
+        moved = isinstance(result, torch.Tensor) and any(isinstance(x, torch.Tensor) and x.device != result.device for x in arguments)
+        if moved or operation in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.waits.append(operation)
+        return result
+
+
+@pytest.mark.parametrize("name", list(TIME_SAMPLERS))
+def test_on_a_gpu_nothing_is_copied_or_waited_for(name):
+    """On tensors that claim to be on a GPU; few operations, as each costs its launch there. (694 for mode, with bisection.)"""
+    sampler = make(name, 1e-4, 0.9999)
+    with FakeTensorMode(), Watch() as watch:
+        t = sampler(128, torch.device("cuda", 0))
+        weight = sampler.importance(t)
+    assert t.device.type == weight.device.type == "cuda" and not watch.waits, watch.waits
+    assert watch.count < 100
+
+
+@pytest.mark.parametrize("scale", [-1.0, -0.3, 1.29, 1.75])
+def test_the_density_of_mode_is_that_of_its_map(scale):
+    """1 / |map'(v)| at u = map(v), for v on a grid that is fine at the ends, where -1 has no slope, and 1.75 little in the middle."""
+    mode = make("mode", 0, 1, mode_scale=scale)
+    v = torch.sin(torch.linspace(0.01, math.pi / 2 - 0.01, 5000, dtype=torch.float64)) ** 2
+    slope = 1 + scale * (1 - math.pi / 2 * torch.sin(math.pi * v))
+    torch.testing.assert_close(mode.unit_density(mode.map(v)), 1 / slope, rtol=1e-5, atol=0)

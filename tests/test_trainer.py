@@ -14,6 +14,7 @@ import saving
 from build import check_settings
 from config import PRESETS, Config
 from data_utils import load_dataset, make_dataset
+from optimizers import take_step
 from prediction import LOSS_WEIGHTINGS, PREDICTIONS, convert, loss_weight, target
 from processes import PROCESSES
 from time_samplers import TIME_SAMPLERS
@@ -202,6 +203,26 @@ def test_going_on_is_bit_equal(tmp_path, digits, stop):
     assert a["ema"]["num_updates"] == b["ema"]["num_updates"] == a["step"] == 10
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_going_on_in_another_memory_layout(tmp_path, digits, before):
+    """The moments follow the weights' layout, along which fused AdamW walks: the same step from the same gradients."""
+    trainer = make(tmp_path, digits, channels_last=before, base_lr=1e-2)
+    trainer.train()
+    resumed = make(tmp_path, digits, channels_last=not before, base_lr=1e-2)
+    strides = [(p.stride(), q.stride()) for p, q in zip(trainer.net.parameters(), resumed.net.parameters())]
+    assert any(p != q for p, q in strides)
+    moments = [(p, m[k]) for p, m in resumed.optimizer.state.items() for k in ("exp_avg", "exp_avg_sq")]
+    assert len(moments) > 20 and all(p.stride() == m.stride() for p, m in moments)
+    for one in (trainer, resumed):
+        torch.manual_seed(0)
+        for group in one.optimizer.param_groups:
+            group["lr"] = 1e-2
+        for p in one.net.parameters():
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape))
+        take_step(one.optimizer, 0.0)
+    torch.testing.assert_close(weights(resumed), weights(trainer), rtol=1e-5, atol=1e-6)
+
+
 def test_going_on_with_other_data_is_refused(tmp_path, digits):
     make(tmp_path, digits).train()
     other = make_dataset(digits.data[:, :, :, :4], digits.labels)
@@ -344,7 +365,7 @@ ENDS = dict(T_min=0.0, T_max=1.0)
 
 @pytest.mark.parametrize("changes, words", [
     (dict(T_min=0.0, target_type="score"), "T_min 0.*--T_min 1e-4"),
-    (dict(T_max=1.0, model_type="x1", target_type="x1"), "T_max 1.*velocity.*predicts x1.*--T_max 0.9999"),
+    (dict(T_max=1.0, model_type="x1", target_type="x0"), "T_max 1.*x0 from a network that predicts x1.*--T_max 0.9999"),
     (dict(**ENDS, loss_weighting="edm"), "T_min 0.*the loss weighting edm.*--T_min 1e-4"),
     (dict(**ENDS, precondition=True), "T_min 0.*which precondition shows the network, is not finite there; use --T_min 1e-4"),
     (dict(**ENDS, time_sampler="edm_log_normal", importance_weights=True), "T_min 0.*importance weight of edm_log_normal"),
