@@ -168,9 +168,8 @@ def unusable_gpus() -> str | None:
     """Why torch does not see the GPUs that nvidia-smi lists, and what to do; None if there are none, or CUDA_VISIBLE_DEVICES hides them."""
     import torch
 
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not shutil.which("nvidia-smi"):
-        return None
-    if "GPU " not in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not shutil.which("nvidia-smi")
+    if hidden or "GPU " not in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout:
         return None
     why = "CUDA_VISIBLE_DEVICES may name none"
     try:

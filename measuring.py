@@ -34,7 +34,7 @@ from trainer import TRAINERS
 from utils import Progress, UserError, native_bf16, on_rank0, parameters_of, progress_bar, share, world_size
 
 SHAPES = {"cifar10": (50_000, 3, 32, 32), "mnist": (60_000, 1, 28, 28), "fashion_mnist": (60_000, 1, 28, 28)}
-WIDTHS = ("model_channels", "hidden_dim")  # settings that make a network wider
+WIDTHS = {"model_channels", "hidden_dim"}  # settings that make a network wider
 
 
 # ---- Measuring
@@ -373,11 +373,9 @@ def exponent(cost: dict[int, float]) -> float:
 def measure_scaling(table, options, trainer) -> None:
     """Cost of a step of the network, forward and backward, not compiled, against its size, with the exponent of a power law."""
     spec, few = trainer.spec, max(1, options.batch_size // 4)
-    width = next((name for name in WIDTHS if name in parameters_of(NETWORKS[options.network])), None)
     sizes = {"batch size": [({"batch_size": b}, spec.shape, b) for b in (few, 2 * few, 4 * few, 8 * few)]}
-    if width:
-        widths = [getattr(options, width) // f for f in (8, 4, 2, 1)]
-        sizes[width] = [({width: w, "batch_size": few}, spec.shape, w) for w in widths]
+    for width in parameters_of(NETWORKS[options.network]) & WIDTHS:
+        sizes[width] = [({width: w, "batch_size": few}, spec.shape, w) for w in (getattr(options, width) // f for f in (8, 4, 2, 1))]
     if spec.is_image:
         sides = [spec.shape[-1] * f // 2 for f in (1, 2, 4)]
         sizes["image side"] = [({"batch_size": few}, (spec.shape[0], side, side), side) for side in sides]

@@ -322,12 +322,12 @@ def native_bf16(device: torch.device) -> bool:
     return seconds(torch.bfloat16) < 5 * seconds(torch.float32)
 
 
-OUT_OF_MEMORY = re.compile("can't allocate memory|CUDA error: out of memory|CU(DNN|BLAS)_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = re.compile("MemoryError|can't allocate memory|CUDA error: out of memory|CU(DNN|BLAS)_STATUS_ALLOC_FAILED")
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a CPU or a GPU has too little memory."""
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or bool(OUT_OF_MEMORY.search(str(error)))
+    return bool(OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"))
 
 
 def in_batches(work, rows: range, size: int):

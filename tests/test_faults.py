@@ -534,7 +534,7 @@ predict = sampling.Field.predict
 sampling.Field.predict = lambda *given: time.sleep(0.1) or predict(*given)
 main.start(lambda arguments: main.main(arguments[1:]))
 """)
-    config = tiny(tmp_path, num_samples=1, sampling_steps=100, sampler="euler", sde_sampler=None, timeout=0.05)  # 10 s, twice; and 3 s
+    config = tiny(tmp_path, num_samples=1, sampling_steps=70, sampler="euler", sde_sampler=None, timeout=0.05)  # 3 s, of 7 s, twice
     result = run(*launch(2), script, ROOT, *flags(config))
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert len(os.listdir(tmp_path / "digits" / "samples")) == 2
