@@ -279,6 +279,19 @@ def test_the_network_is_not_called_where_it_loses_x0():
         assert Field(net, PROCESSES[name](), kind).latest == math.inf, (name, kind)
 
 
+def test_cost_in_width():
+    """Standard deviation of samples over that of data N(0, s^2), with an exact network of x1; as the README has it."""
+    found = {}
+    for s in (0.5, 4.0, 14.0, 50.0):
+        process = PROCESSES["rf"]()
+        x = process.at(0.9999).sigma * torch.ones(1, 1, dtype=torch.float64)
+        net = gaussian(process, "x1", mean=0.0, std=s)
+        found[s] = [ODE_SAMPLERS["heun"](Field(net, process, "x1"), x, make_grid(n, 1e-4, 0.9999)).item() / s for n in (20, 200)]
+    print(found)
+    for s, expected in ((0.5, (0.996, 1.0)), (4.0, (1.014, 1.019)), (14.0, (1.106, 1.137)), (50.0, (0.81, 0.876))):
+        assert found[s] == pytest.approx(expected, abs=1e-3)
+
+
 def test_denoise_is_a_step_of_heuns_where_the_levels_lead_there_and_x1_is_known():
     """Else it is a step of its own: after a long last step, or where x0 from the network loses x1, Heun's correction would be noise."""
     def calls(**changes):
