@@ -218,6 +218,27 @@ def test_the_loss_is_that_of_the_runs_own_trainer(runs, tmp_path, monkeypatch):
     assert all(1000 < own[name] < 1010 for name in ("raw_train", "ema_train", "raw_test", "ema_test"))
 
 
+def test_the_loss_is_that_of_plain_items_of_the_split(runs, tmp_path):
+    """Without flips and label dropout, whatever the run has; times and noise are those of the seed."""
+    batches = []
+
+    class Watched(DiffusionTrainer):
+        def loss(self, batch):
+            batches.append(batch)
+            return super().loss(batch)
+
+    times = {}
+    for seed in (0, 0, 5):
+        e = evaluation(runs, "digits", tmp_path, loss_num=100, seed=seed)
+        e.config.random_flip, e.config.label_dropout, e.trainer = True, 0.9, Watched
+        t, _ = e.losses(e.process, e.net, e.data["test"])
+        assert times.setdefault(seed, t.tolist()) == t.tolist()
+    assert times[0] != times[5]
+    test = e.data["test"]
+    items = {(image.tobytes(), label) for image, label in zip(test.data, test.labels)}
+    assert all((image.numpy().tobytes(), label) in items for b in batches for image, label in zip(e.spec.decode(b.x0), b.label.tolist()))
+
+
 def test_near_copies_are_found(runs, tmp_path):
     e = evaluation(runs, "digits", tmp_path)
     images = torch.from_numpy(e.data["test"].data[:40]).clone()

@@ -360,6 +360,9 @@ def test_guidance_acts_inside_its_interval_only():
     limited = Field(counted, net.process, "velocity", label, 3.0, guidance_t_min=0.3, guidance_t_max=0.6)
     outs = [limited.velocity(start(), t) for t in (0.29, 0.3, 0.6, 0.61)]
     assert calls == [(0.29, False), (0.3, False), (0.3, True), (0.6, False), (0.6, True), (0.61, False)]
+    calls.clear()
+    Field(counted, net.process, "velocity", label, 3.0).velocity(start(), 1.2)  # as edm_churn may ask: guided up to the end, and beyond
+    assert calls == [(1.2, False), (1.2, True)]
     for out, t, scale in zip(outs, (0.29, 0.3, 0.6, 0.61), (1, 3, 3, 1)):
         torch.testing.assert_close(out, Field(net, net.process, "velocity", label, scale).velocity(start(), t))
 
