@@ -165,11 +165,12 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
                 raise UserError(f"broken off by {stopping.name(number)}")
             progress.update()
             heart.beat()
-            calls += 1
             if compiled and label is None and config.class_conditional:  # one graph serves both
                 label = torch.full(t.shape, spec.num_classes, device=device)
             with autocast(config, device):
-                return forward(formatted(config, xt), t, label)
+                out = forward(formatted(config, xt), t, label)
+            calls += 1
+            return out
 
         return network
 

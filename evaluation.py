@@ -273,9 +273,8 @@ class Evaluation:
 
     def losses(self, process, net, data: Dataset) -> tuple[np.ndarray, np.ndarray]:
         """Times, evenly spread in each batch, and losses, (N,), of whole batches of this data, loss_num draws or more."""
-        c = dataclasses.replace(self.config, seed=self.options.seed, batch_size=max(self.config.batch_size, world_size()),
-                                time_sampler="stratified", importance_weights=False, random_flip=False, label_dropout=0.0,
-                                overfit_one_batch=False)
+        c = dataclasses.replace(self.config, batch_size=max(self.config.batch_size, world_size()), time_sampler="stratified",
+                                importance_weights=False, random_flip=False, label_dropout=0.0, overfit_one_batch=False)
         scorer = self.trainer.only_loss(c, data, self.device, process, net)
         times, found, steps = [], [], -(-self.loss_num // c.batch_size)
         with Progress("loss by t", steps, "batch") as progress, torch.no_grad():
@@ -285,8 +284,7 @@ class Evaluation:
                                     range(len(batch.t)), min(BATCH, self.options.batch_size))
                 times.append(batch.t.cpu())
                 progress.update()
-        times, found = (gather_rows(torch.cat(values)).double().numpy() for values in (times, found))
-        return times, found
+        return tuple(gather_rows(torch.cat(values)).double().numpy() for values in (times, found))
 
     # ---- Neighbours
 

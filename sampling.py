@@ -364,4 +364,4 @@ def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, 
         with torch.no_grad():
             return (field(x, T_min, "x0") if denoise and not own_step else x)[: len(batch)]
 
-    yield from in_batches(drawn, rows, batch_size or len(rows))
+    yield from in_batches(drawn, rows, min(batch_size or len(rows), len(rows)))

@@ -132,6 +132,10 @@ def test_many_samples_are_drawn_by_one_graph(tmp_path, monkeypatch, capsys):
     assert calls == same_calls == 6 and capsys.readouterr().out.count("compiling the network") == 1
     draw_all(compiled, moons.spec, process, net, CPU, **settings)  # and again
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    sizes = set()
+    monkeypatch.setattr(torch, "compile", lambda net: lambda xt, t, label: sizes.add(len(xt)) or net(xt, t, label))
+    draw_all(dataclasses.replace(compiled, sampling_batch_size=100, sampling_steps=60), moons.spec, process, net, CPU, **settings)
+    assert sizes == {10}  # no more than there are
     few = {**settings, "rows": range(4)}
     monkeypatch.setattr(torch, "compile", None)  # too few to pay
     draw_all(compiled, moons.spec, process, net, CPU, **few)
