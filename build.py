@@ -38,9 +38,9 @@ from utils import (
 
 NETWORKS = {"unet": UNet, "mlp": MLP}
 
-# Calls of the network from which compiling it pays on a GPU: it takes some 30 to 90 s there, and about halves the time of a call.
-# These are estimates.
-TRAINING_CALLS, SAMPLING_CALLS = 10_000, 1000
+# Steps of training, and of a sampler over all its batches, from which compiling the network pays on a GPU: it takes some 30 to 90 s
+# there, and about halves the time of a call. These are estimates.
+TRAINING_STEPS, SAMPLING_STEPS = 10_000, 500
 COMPILING = "compiling the network: the first call takes a minute or so"
 
 
@@ -133,9 +133,9 @@ def autocast(config: Config, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device))
 
 
-def compiles(config: Config, device: torch.device, calls: float, enough: int) -> bool:
-    """Whether the network is compiled: if the settings allow it, which by default they do on a GPU, and so many calls are `enough`."""
-    return (device.type == "cuda" if config.compile is None else config.compile) and calls >= enough
+def compiles(config: Config, device: torch.device, steps: float, enough: int) -> bool:
+    """Whether the network is compiled: if the settings allow it, which by default they do on a GPU, and so many steps are `enough`."""
+    return (device.type == "cuda" if config.compile is None else config.compile) and steps >= enough
 
 
 def formatted(config: Config, x: Tensor) -> Tensor:
@@ -151,8 +151,8 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
     `labels` (N,) are those of all samples from 0 on. The settings of sampling are those of `config`. `guide` is a network for
     autoguidance. If one process fails, it raises UserError at once, or, with `together`, all do when all are done.
     """
-    mine, heart, calls, items = share(len(rows)), Heartbeat(config.timeout), 0, 0
-    compiled = compiles(config, device, config.sampling_steps * len(mine) / config.sampling_batch_size, SAMPLING_CALLS)
+    mine, heart, calls = share(len(rows)), Heartbeat(config.timeout), 0
+    compiled = compiles(config, device, config.sampling_steps * len(mine) / config.sampling_batch_size, SAMPLING_STEPS)
     if compiled:
         print0(COMPILING)
 
@@ -160,7 +160,6 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
         forward = torch.compile(net) if compiled else net
 
         def network(xt, t, label):
-            nonlocal calls
             if number := stopping.asked():  # in training, which holds the signals
                 raise UserError(f"broken off by {stopping.name(number)}")
             progress.update()
@@ -168,9 +167,7 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
             if compiled and label is None and config.class_conditional:  # one graph serves both
                 label = torch.full(t.shape, spec.num_classes, device=device)
             with autocast(config, device):
-                out = forward(formatted(config, xt), t, label)
-            calls += 1
-            return out
+                return forward(formatted(config, xt), t, label)
 
         return network
 
@@ -180,9 +177,9 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
     decoded, wrong = [torch.empty(0, *spec.shape, dtype=torch.uint8 if spec.is_image else torch.float32)], None
     try:
         with Progress(f"{sampler}: 0 of {len(mine)} samples", unit="network call") as progress:
-            for batch in batches:
+            for batch, of_each in batches:
                 decoded.append(spec.decode(batch).cpu())
-                items, calls = items + calls * len(batch), 0
+                calls += of_each * len(batch)
                 progress.update(0, f"{sampler}: {sum(map(len, decoded))} of {len(mine)} samples")
     except UserError as error:
         if not together:
@@ -192,4 +189,4 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
     samples = gather_rows(torch.cat(decoded))
     if len(samples) < len(rows):
         raise wrong or UserError("another process could not draw its samples")
-    return samples, gather_rows(torch.tensor([items])).sum().item() / len(rows)
+    return samples, gather_rows(torch.tensor([calls])).sum().item() / len(rows)

@@ -61,16 +61,12 @@ def steps_for(sampler: str, calls: int, /, **settings) -> int:
 
     `settings` are arguments of `draw`; `guide` tells only whether there is one.
     """
+    def net(xt, t, label):
+        return torch.zeros_like(xt)
+
     def count(n):
-        made = []
-
-        def net(xt, t, label):
-            made.append(t)
-            return torch.zeros_like(xt)
-
-        changes = {"sampler": sampler, "sampling_steps": n, "batch_size": 1, "guide": net if settings.get("guide") else None}
-        next(draw(net, **{**settings, **changes}, rows=range(1), shape=(1,), device="cpu"))
-        return len(made)
+        changes = {"sampler": sampler, "sampling_steps": n, "batch_size": 1, "guide": settings.get("guide") and net}
+        return next(draw(net, **{**settings, **changes}, rows=range(1), shape=(1,), device="cpu"))[1]
 
     one, two = count(1), count(2)
     return 0 if one > calls else 1 + (calls - one) // (two - one)
@@ -272,10 +268,13 @@ class Evaluation:
         return {"draws": len(losses), **means}
 
     def losses(self, process, net, data: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        """Times, evenly spread in each batch, and losses, (N,), of whole batches of this data, loss_num draws or more."""
+        """Times, evenly spread in each batch, and losses, (N,), of whole batches of this data, loss_num draws or more.
+
+        The data are scaled as those of the run's training split.
+        """
         c = dataclasses.replace(self.config, batch_size=max(self.config.batch_size, world_size()), time_sampler="stratified",
                                 importance_weights=False, random_flip=False, label_dropout=0.0, overfit_one_batch=False)
-        scorer = self.trainer.only_loss(c, data, self.device, process, net)
+        scorer = self.trainer.only_loss(c, dataclasses.replace(data, spec=self.spec), self.device, process, net)
         times, found, steps = [], [], -(-self.loss_num // c.batch_size)
         with Progress("loss by t", steps, "batch") as progress, torch.no_grad():
             for step in range(steps):

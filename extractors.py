@@ -193,7 +193,7 @@ EXTRACTORS = {"classifier": make_classifier, "inception": make_inception}
 def features_in_batches(extractor, images, device, batch_size: int = 100):
     """Yields features (B, D) and logits (B, K), float32 on the device, of this process's share of uint8 images (N, C, H, W), in order.
 
-    At least once, with no rows if the share is empty.
+    At least once, with no rows if the share is empty. Raises UserError if there is no memory for one image, on this process alone.
     """
     def look(rows: range, size: int) -> tuple[Tensor, Tensor]:
         batch = images[rows.start : rows.stop]
@@ -210,7 +210,8 @@ def features_of(extractor, images, device) -> tuple[Tensor, Tensor]:
 
     Each process takes its share of the images; all must call it.
     """
-    features, logits = zip(*[(a.cpu(), b.cpu()) for a, b in features_in_batches(extractor, images, device)])
+    parts = all_or_none(lambda: [(a.cpu(), b.cpu()) for a, b in features_in_batches(extractor, images, device)])
+    features, logits = zip(*parts)
     return gather_rows(torch.cat(features)), gather_rows(torch.cat(logits))
 
 
@@ -221,12 +222,17 @@ def statistics_of(extractor, images, device, subset: int) -> dict[str, Tensor]:
     """
     chosen = np.zeros(len(images), bool)
     chosen[np.random.default_rng(0).permutation(len(images))[:subset]] = True
-    place, total, products, kept = share(len(images)).start, 0.0, 0.0, []
-    for features, _ in features_in_batches(extractor, images, device):
-        features = features.double().cpu()
-        total, products = total + features.sum(0), products + features.T @ features
-        kept.append(features[torch.from_numpy(chosen[place : place + len(features)])].float())
-        place += len(features)
-    mean = gather_rows(total[None]).sum(0) / len(images)
-    covariance = (gather_rows(products[None]).sum(0) - len(images) * mean[:, None] * mean) / (len(images) - 1)
-    return {"mean": mean, "covariance": covariance, "features": gather_rows(torch.cat(kept))}
+
+    def add_up() -> tuple[Tensor, Tensor, Tensor]:
+        place, total, products, kept = share(len(images)).start, 0.0, 0.0, []
+        for features, _ in features_in_batches(extractor, images, device):
+            features = features.double().cpu()
+            total, products = total + features.sum(0), products + features.T @ features
+            kept.append(features[torch.from_numpy(chosen[place : place + len(features)])].float())
+            place += len(features)
+        return total[None], products[None], torch.cat(kept)
+
+    total, products, features = map(gather_rows, all_or_none(add_up))
+    mean = total.sum(0) / len(images)
+    covariance = (products.sum(0) - len(images) * mean[:, None] * mean) / (len(images) - 1)
+    return {"mean": mean, "covariance": covariance, "features": features}

@@ -42,6 +42,8 @@ class Drawing:
     churn_noise: float | None = None  # edm_churn: standard deviation of that noise; None: the run's own.
     rtol: float | None = None  # dopri5: relative tolerance; None: the run's own.
     atol: float | None = None  # dopri5: absolute tolerance; None: the run's own.
+    bf16: bool | None = None  # Run the network in bfloat16; None: the run's own.
+    compile: bool | None = None  # Compile the network for 500 steps or more, over all batches; None: the run's own.
     seed: int = 0  # Seed of the samples.
     batch_size: int = 500  # Samples that one process draws at once.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one.
@@ -127,8 +129,10 @@ class Loaded(NamedTuple):
 
 def load(options: Drawing, device) -> Loaded:
     """The checkpoint options.ckpt and what is drawn from it. Raises UserError if it is not of this code, or the options contradict it."""
+    from build import check_bf16
     from utils import UserError
 
+    check_bf16(options, device)
     state, config, spec = load_run(options.ckpt)
     own = {f.name for f in dataclasses.fields(Config)} - {"batch_size", "device"}
     chosen = {name: value for name, value in vars(options).items() if name in own and value is not None}

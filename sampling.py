@@ -39,7 +39,7 @@ class Field:
     guide, u, as u + s (c - u). The guide is the network without labels (Ho & Salimans 2022, eq. 6, with s = 1 + w), or `guide`, a worse
     network of the same call and kind (autoguidance: Karras et al. 2024, eq. 3). It acts at times in [guidance_t_min, guidance_t_max]
     (Kynkaanniemi et al. 2024, section 3); elsewhere, and for s = 1, it is not called. Every conversion is affine in the prediction, so
-    it does not matter in which kind the two are mixed.
+    it does not matter in which kind the two are mixed. `calls` counts the network calls, those of the guide too.
 
     Where alpha falls to 0 at t = 1, x0 from a prediction of x1 or the score is the network's error divided by alpha. So if that would
     be more than FOG times the error, the network is never called later than at `latest`, where sigma / alpha is CLEAR: x0 is then
@@ -52,7 +52,7 @@ class Field:
         self.guide = guide or (lambda x, t, label: net(x, t, None))
         self.guided = guidance_scale != 1 and (guide is not None or label is not None)
         self.guidance_scale, self.guidance_t_min, self.guidance_t_max = guidance_scale, guidance_t_min, guidance_t_max
-        self.sde_diffusion, self.sde_scale = sde_diffusion, sde_scale
+        self.sde_diffusion, self.sde_scale, self.calls = sde_diffusion, sde_scale, 0
         foggy = error_factor(process.at(1.0), model_type, "x0") > FOG
         self.latest = process.time(torch.tensor(-2 * math.log(CLEAR))).item() if foggy else math.inf
 
@@ -60,9 +60,11 @@ class Field:
         """The prediction of model_type at x (B, ...) and one time, guided as at that time or another, in the type of x."""
         t = torch.full((x.shape[0],), time, device=x.device, dtype=x.dtype)
         out = self.net(x, t, self.label).to(x.dtype)
+        self.calls += 1
         guided_at = min(time if guided_at is None else guided_at, 1.0)  # edm_churn may step over 1
         if self.guided and self.guidance_t_min <= guided_at <= self.guidance_t_max:
             guide = self.guide(x, t, self.label).to(x.dtype)
+            self.calls += 1
             out = guide + self.guidance_scale * (out - guide)
         return out
 
@@ -339,7 +341,7 @@ SAMPLERS = ODE_SAMPLERS | SDE_SAMPLERS
 def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, seed: int, sampler: str, sampling_steps: int, T_min: float,
          T_max: float, grid: str = "uniform", denoise: bool = False, labels: Tensor | None = None, batch_size: int | None = None,
          whole_batches: bool = False, **settings):
-    """Yields the samples `rows`, in order, in batches (B, *shape) of float32 on `device`.
+    """Yields the samples `rows`, in order, in batches (B, *shape) of float32 on `device`, each with the network calls that it took.
 
     Sample i is a function of (seed, i), to rounding (dopri5: to its tolerance): it does not depend on `batch_size`, which is halved where
     there is too little memory, or on how samples are shared among processes. With `whole_batches` the network sees one batch size
@@ -354,7 +356,7 @@ def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, 
     own_step = (denoise and grid in LEVELS and "denoise" in parameters_of(find(SAMPLERS, sampler))
                 and error_factor(process.at(T_min), settings["model_type"], "x1") < FOG)
 
-    def drawn(batch: range, size: int) -> Tensor:
+    def drawn(batch: range, size: int) -> tuple[Tensor, int]:
         whole = range(batch.start, batch.start + size) if whole_batches else batch
         noise = RowNoise(whole, shape, device, seed, "sample")
         label = None if labels is None else labels[torch.tensor(whole) % len(labels)].to(device)
@@ -362,6 +364,7 @@ def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, 
         given = {"field": field, "x": process.at(T_max).sigma * noise(), "ts": ts, "noise": noise, "denoise": own_step}
         x = choose(SAMPLERS, sampler, **{**settings, **given})
         with torch.no_grad():
-            return (field(x, T_min, "x0") if denoise and not own_step else x)[: len(batch)]
+            x = field(x, T_min, "x0") if denoise and not own_step else x
+        return x[: len(batch)], field.calls
 
     yield from in_batches(drawn, rows, min(batch_size or len(rows), len(rows)))

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import saving
 import stopping
-from build import COMPILING, TRAINING_CALLS, autocast, build, compiles, draw_all, formatted, make_time_sampler
+from build import COMPILING, TRAINING_STEPS, autocast, build, compiles, draw_all, formatted, make_time_sampler
 from config import MAY_CHANGE, Config
 from couplings import COUPLINGS
 from data_utils import Batches, Dataset, spread_labels
@@ -100,7 +100,7 @@ class DiffusionTrainer:
             self.ddp = self.forward = DistributedDataParallel(
                 self.net, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
-        if compiles(config, device, math.inf if config.compile else config.num_training_steps, TRAINING_CALLS):
+        if compiles(config, device, math.inf if config.compile else config.num_training_steps, TRAINING_STEPS):
             print0(COMPILING)
             self.forward = torch.compile(self.ddp, mode=config.compile_mode)
 

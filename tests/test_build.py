@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, flags, make, run, tiny
+from conftest import ROOT, assert_one_line_error, flags, launch, make, metrics_of, run, tiny
 
 import build
 import utils
@@ -94,15 +94,15 @@ def test_what_a_network_ignores_is_named(tmp_path, capfd):
 
 
 def test_compiling_where_it_pays():
-    long, short = build.TRAINING_CALLS, build.TRAINING_CALLS - 1
+    long, short = build.TRAINING_STEPS, build.TRAINING_STEPS - 1
     assert compiles(Config(), GPU, long, long) and not compiles(Config(), GPU, short, long) and not compiles(Config(), CPU, long, long)
     assert compiles(Config(compile=True), CPU, long, long) and not compiles(Config(compile=False), GPU, long, long)
     chosen = {name: PRESETS[name].get("num_training_steps", Config.num_training_steps) >= long for name in PRESETS}
     assert {name for name in chosen if not chosen[name]} == {"cifar10_debug", "digits", "moons"}
 
 
-@pytest.mark.parametrize("steps, setting, compiled", [(20, None, False), (build.TRAINING_CALLS, None, True), (20, True, True),
-                                                      (build.TRAINING_CALLS, False, False)])
+@pytest.mark.parametrize("steps, setting, compiled", [(20, None, False), (build.TRAINING_STEPS, None, True), (20, True, True),
+                                                      (build.TRAINING_STEPS, False, False)])
 def test_training_is_compiled_if_it_is_long_or_asked_for(tmp_path, digits, monkeypatch, capsys, steps, setting, compiled):
     """As on a GPU, with one line before the first step."""
     made = []
@@ -115,7 +115,7 @@ def test_training_is_compiled_if_it_is_long_or_asked_for(tmp_path, digits, monke
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_many_samples_are_drawn_by_one_graph(tmp_path, monkeypatch, capsys):
     """Batches of 4 and a last one of 2, with guidance, which asks without labels too: one size, one graph, and the same samples."""
-    monkeypatch.setattr(build, "SAMPLING_CALLS", 6)
+    monkeypatch.setattr(build, "SAMPLING_STEPS", 6)
     config = tiny(tmp_path, network="mlp", hidden_dim=8, num_layers=1, guidance_scale=2.0, sampling_batch_size=4, sampling_steps=3)
     moons = load_dataset("moons")
     process, net = build.build(config, moons.spec, CPU)
@@ -187,6 +187,30 @@ def test_training_goes_on_where_grids_and_evaluations_need_too_much_memory(tmp_p
         assert (tmp_path / f"limit{limit}" / "samples" / "ema_heun_0000004.png").exists() == (limit > 0)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_two_processes_of_which_one_has_no_memory_for_features_stay_in_step(tmp_path, cached):
+    """Of samples, and of the training split where its statistics are not cached: both leave the evaluation out, and train on alike."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+import os, sys; sys.path.insert(0, sys.argv.pop(1))
+import data_utils, extractors, main, metrics, torch
+data_utils.CACHE, extractors.CLASSIFIER_STEPS, cached = sys.argv.pop(1), 2, sys.argv.pop(1) == "True"
+def forward(self, images, plain=extractors.Classifier.forward):
+    if os.environ["RANK"] == "1":
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    return plain(self, images)
+extractors.Classifier.forward = forward
+if cached:
+    metrics.Judge.read = lambda *arguments: {}
+main.start(main.main, resumable=True)
+""")
+    config = tiny(tmp_path, evaluate_every=2, evaluation_samples=20)
+    result = run(*launch(2), script, ROOT, tmp_path, cached, *flags(config))
+    assert result.returncode == 0, result.stderr
+    assert all(result.stderr.count(f"no evaluation at step {step}: another process could not") == 1 for step in (2, 4)), result.stderr
+    assert [line["step"] for line in metrics_of(tmp_path / "digits")] == [1, 2, 3, 4]
+
+
 def test_a_gpu_short_of_memory_ends_sample_py_in_one_line(tmp_path, digits):
     make(tmp_path, digits).train()
     script = tmp_path / "script.py"
@@ -198,7 +222,7 @@ def forward(self, xt, t, label=None):
 unet.UNet.forward = forward
 main.start(sample.main)
 """)
-    result = run("python", script, build.__file__.rsplit("/", 1)[0], "--ckpt", tmp_path / "digits" / "last.pt", "--num", "1", "--out",
+    result = run("python", script, ROOT, "--ckpt", tmp_path / "digits" / "last.pt", "--num", "1", "--out",
                  tmp_path / "x.npz")
     assert_one_line_error(result, "out of memory for a single item (CUDA out of memory)")
 

@@ -14,7 +14,7 @@ from test_logging_utils import read_wandb
 import evaluate
 import saving
 from cards import git_commit
-from data_utils import load_dataset
+from data_utils import load_dataset, make_dataset
 from evaluate import Options
 from evaluation import Evaluation, steps_for
 from likelihood import bits_per_dim
@@ -237,6 +237,16 @@ def test_the_loss_is_that_of_plain_items_of_the_split(runs, tmp_path):
     test = e.data["test"]
     items = {(image.tobytes(), label) for image, label in zip(test.data, test.labels)}
     assert all((image.numpy().tobytes(), label) in items for b in batches for image, label in zip(e.spec.decode(b.x0), b.label.tolist()))
+
+
+def test_the_loss_of_test_vectors_is_on_the_scale_of_training(runs, tmp_path):
+    """And not on that of the test split, whose mean and deviation are others."""
+    e = evaluation(runs, "normal", tmp_path, loss_num=2000)
+    net = gaussian(e.process, "velocity", dims=2, mean=0.0, std=1.0)
+    data = e.data["test"]
+    test = make_dataset(3 * data.data, None)
+    same, wider = (e.losses(e.process, net, split)[1].mean() for split in (data, test))
+    assert wider > 2 * same
 
 
 def test_near_copies_are_found(runs, tmp_path):

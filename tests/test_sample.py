@@ -66,11 +66,22 @@ def test_samples_do_not_depend_on_batches_or_processes(checkpoints, tmp_path, sa
 def test_every_option_matters(checkpoints, tmp_path):
     ckpt = checkpoints / "digits" / "last.pt"
     options = ["", "--weights raw", "--sampler euler", "--sampling_steps 6", "--guidance_scale 3", "--seed 1", "--labels 4", "--grid edm",
-               "--guidance_scale 3 --guidance_t_max 0.5", "--sampler stochastic_heun", "--sampler stochastic_heun --sde_diffusion sin2"]
+               "--guidance_scale 3 --guidance_t_max 0.5", "--sampler stochastic_heun", "--sampler stochastic_heun --sde_diffusion sin2",
+               "--bf16 True"]
     drawn = [sample(tmp_path, ckpt, "--num", "10", "--sampling_steps", "5", *o.split())["arr_0"] for o in options]
     for i in range(len(drawn)):
         for j in range(i):
             assert not np.array_equal(drawn[i], drawn[j]), (options[i], options[j])
+
+
+def test_many_samples_are_drawn_compiled_if_one_likes(checkpoints, tmp_path, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda net: made.append(net) or net)
+    monkeypatch.setattr("build.SAMPLING_STEPS", 20)
+    for words, compiled in (("", 0), ("--compile False", 0), ("--compile True", 1), ("--compile True --batch_size 40", 0)):
+        sample(tmp_path, checkpoints / "digits" / "last.pt", "--num", "40", "--batch_size", "4", "--sampling_steps", "2", *words.split())
+        assert len(made) == capsys.readouterr().out.count("compiling the network") == compiled
+        made.clear()
 
 
 def test_autoguidance(checkpoints, tmp_path, capfd):
