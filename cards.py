@@ -80,11 +80,6 @@ def in_words(name: str, found: dict) -> str:
 # ---- Cards side by side
 
 
-def different(a: dict, b: dict) -> list[str]:
-    """The names of what differs in two protocols, which hold dictionaries."""
-    return [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
-
-
 def compare(paths: list[str]) -> None:
     """Prints a table of cards. Ends in one line if they were not measured in the same way, or are none."""
     cards = []
@@ -99,7 +94,8 @@ def compare(paths: list[str]) -> None:
     if not cards:
         fail("compare needs cards: give it files that evaluate.py wrote, as ckpts/*/evaluation/*/card.json")
     for path, card in zip(paths, cards):
-        if names := different(cards[0]["protocol"], card["protocol"]):
+        a, b = cards[0]["protocol"], card["protocol"]
+        if names := [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]:
             fail(f"{paths[0]} and {path} cannot be compared: they differ in {', '.join(names)}; measure both in the same way")
     names = [name for name in cards[0]["metrics"] if all(name in card["metrics"] for card in cards)]
     rows = [["run", "step", "weights", "sampler", "calls", "guidance", *names]]

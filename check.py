@@ -15,7 +15,7 @@ from likelihood import PROBES, flow, log_likelihood
 from oracle import GaussianMixture
 from prediction import PREDICTIONS, convert, target
 from processes import PROCESSES, Process
-from sampling import DIFFUSIONS, ODE_SAMPLERS, SAMPLERS, SDE_SAMPLERS, Field, dopri5, make_grid
+from sampling import DIFFUSIONS, ODE_SAMPLERS, SDE_SAMPLERS, Field, dopri5, edm_churn, heun, make_grid
 from utils import call, progress_bar
 
 T_MIN, T_MAX = 1e-4, 0.9999
@@ -135,15 +135,12 @@ def edm_error(process: Process) -> float:
     """
     ts, errors = make_grid(17, time_of(process, 0.002), time_of(process, 80.0), "edm", process=process, rho=7.0), []
     field, start = Field(mixture(process), process, "velocity"), mixture(process).sample(64, seeded(), ts[0])[0]
-    for sampler, churn in (("heun", 0.0), ("edm_churn", 30.0)):
-        settings = dict(noise=lambda: 0.5, churn=churn, churn_min=0.0, churn_max=math.inf, denoise=True)
-        got, x = call(SAMPLERS[sampler], field=field, x=start, ts=ts, **settings), start
+    churned = edm_churn(field, start, ts, lambda: 0.5, churn=3.0, churn_min=0.0, churn_max=math.inf, denoise=True)
+    for got, factor in ((heun(field, start, ts, denoise=True), 1.0), (churned, 1 + 3 / 18)):  # 1 + gamma
+        x = start
         for t, t_next in zip(ts, [*ts[1:], None]):
-            c = process.at(t)
-            level = c.sigma / c.alpha
-            raised = level * (1 + min(churn / 18, 2**0.5 - 1))
-            t = process.inverse(-2 * raised.log()).item()
-            x = process.at(t).alpha * (x / c.alpha + (raised**2 - level**2).sqrt() * 0.5)
+            c, t = process.at(t), process.inverse(process.at(t).log_snr - 2 * math.log(factor)).item()
+            x = process.at(t).alpha / c.alpha * (x + c.sigma * (factor**2 - 1) ** 0.5 * 0.5)
             if t_next is not None:
                 d, dt = field.velocity(x, t), t_next - t
                 x = x + dt / 2 * (d + field.velocity(x + dt * d, t_next))

@@ -231,39 +231,36 @@ def problems(c: Config, world_size: int) -> list[str]:
     `world_size` is the number of processes. What depends on the data or on a formula is checked where it is known
     (data_utils.load_dataset, build.check_settings), also before any data is read.
     """
-    found = out_of_range(vars(c))
-    if found:
+    if found := out_of_range(vars(c)):
         return found
 
     parts = world_size * c.accumulation_steps
-    if c.batch_size < parts:
-        found.append(f"batch_size {c.batch_size} is less than {parts}: processes ({world_size}) x accumulation_steps "
-                     f"({c.accumulation_steps}); use --batch_size {parts} or more, or fewer of these")
-    if c.warmup_steps > c.num_training_steps:
-        found.append(f"warmup_steps {c.warmup_steps} is longer than the training of {c.num_training_steps} steps: "
-                     f"use --warmup_steps {c.num_training_steps // 10}, or more --num_training_steps")
-    if c.min_lr > c.base_lr:
-        found.append(f"min_lr {c.min_lr} is above base_lr {c.base_lr}: lower --min_lr")
-    if not 0 <= c.T_min < c.T_max <= 1:
-        found.append(f"T_min {c.T_min} and T_max {c.T_max}: expected 0 <= T_min < T_max <= 1, such as --T_min 1e-4 --T_max 0.9999")
-    if not 0 < c.beta_min <= c.beta_max:
-        found.append(f"beta_min {c.beta_min} and beta_max {c.beta_max}: expected 0 < beta_min <= beta_max, such as 0.1 and 20")
-    if not 0 <= c.sigma_min < c.sigma_max:
-        found.append(f"sigma_min {c.sigma_min} and sigma_max {c.sigma_max}: expected 0 <= sigma_min < sigma_max, such as 0.002 and 80")
-    if c.coupling == "ot_within_class" and not c.class_conditional:
-        found.append("coupling ot_within_class needs labels: use --class_conditional True, or --coupling ot")
-    if c.guidance_scale != 1 and not c.class_conditional:
-        found.append(f"guidance_scale {c.guidance_scale} needs labels: use --class_conditional True, or --guidance_scale 1")
-    if c.guidance_scale != 1 and c.class_conditional and c.label_dropout == 0:
-        found.append(f"guidance_scale {c.guidance_scale} needs an unconditional field: use --label_dropout 0.1, or --guidance_scale 1")
-    if c.accumulation_steps > 1 and c.compile is not False and c.compile_mode in ("reduce-overhead", "max-autotune"):
-        found.append(f"compile_mode {c.compile_mode} keeps gradients in CUDA graphs, where each of {c.accumulation_steps} parts of a batch "
-                     "overwrites that before: use --compile_mode default, or --accumulation_steps 1")
-    if not c.channel_mults or min(c.channel_mults) < 1:
-        found.append(f"channel_mults {c.channel_mults}: expected one positive number for each resolution, such as 1 2 2")
-    if not c.run_name or "/" in c.run_name or c.run_name.startswith("."):
-        found.append(f"run_name {c.run_name!r}: expected the name of a folder, without '/' and not starting with '.'")
-    for name in ("ckpt_dir", "data_dir"):
-        if not getattr(c, name):
-            found.append(f"{name} is empty: expected a folder, such as --{name} {getattr(Config(), name)}")
-    return found
+    contradictions = {
+        f"batch_size {c.batch_size} is less than {parts}: processes ({world_size}) x accumulation_steps ({c.accumulation_steps}); use "
+        f"--batch_size {parts} or more, or fewer of these": c.batch_size < parts,
+        f"warmup_steps {c.warmup_steps} is longer than the training of {c.num_training_steps} steps: use --warmup_steps "
+        f"{c.num_training_steps // 10}, or more --num_training_steps": c.warmup_steps > c.num_training_steps,
+        f"min_lr {c.min_lr} is above base_lr {c.base_lr}: lower --min_lr": c.min_lr > c.base_lr,
+        f"T_min {c.T_min} and T_max {c.T_max}: expected 0 <= T_min < T_max <= 1, such as --T_min 1e-4 --T_max 0.9999":
+            not 0 <= c.T_min < c.T_max <= 1,
+        f"beta_min {c.beta_min} and beta_max {c.beta_max}: expected 0 < beta_min <= beta_max, such as 0.1 and 20":
+            not 0 < c.beta_min <= c.beta_max,
+        f"sigma_min {c.sigma_min} and sigma_max {c.sigma_max}: expected 0 <= sigma_min < sigma_max, such as 0.002 and 80":
+            not 0 <= c.sigma_min < c.sigma_max,
+        "coupling ot_within_class needs labels: use --class_conditional True, or --coupling ot":
+            c.coupling == "ot_within_class" and not c.class_conditional,
+        f"guidance_scale {c.guidance_scale} needs labels: use --class_conditional True, or --guidance_scale 1":
+            c.guidance_scale != 1 and not c.class_conditional,
+        f"guidance_scale {c.guidance_scale} needs an unconditional field: use --label_dropout 0.1, or --guidance_scale 1":
+            c.guidance_scale != 1 and c.class_conditional and c.label_dropout == 0,
+        f"compile_mode {c.compile_mode} keeps gradients in CUDA graphs, where each of {c.accumulation_steps} parts of a batch overwrites "
+        "that before: use --compile_mode default, or --accumulation_steps 1":
+            c.accumulation_steps > 1 and c.compile is not False and c.compile_mode in ("reduce-overhead", "max-autotune"),
+        f"channel_mults {c.channel_mults}: expected one positive number for each resolution, such as 1 2 2":
+            not c.channel_mults or min(c.channel_mults) < 1,
+        f"run_name {c.run_name!r}: expected the name of a folder, without '/' and not starting with '.'":
+            not c.run_name or "/" in c.run_name or c.run_name.startswith("."),
+        f"ckpt_dir is empty: expected a folder, such as --ckpt_dir {Config.ckpt_dir}": not c.ckpt_dir,
+        f"data_dir is empty: expected a folder, such as --data_dir {Config.data_dir}": not c.data_dir,
+    }
+    return [message for message, wrong in contradictions.items() if wrong]

@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 import torch
+from scipy.stats import binned_statistic
 from torch import Tensor
 
 from build import check_settings
@@ -65,8 +66,8 @@ def steps_for(sampler: str, calls: int, /, **settings) -> int:
         return torch.zeros_like(xt)
 
     def count(n):
-        changes = {"sampler": sampler, "sampling_steps": n, "batch_size": 1, "guide": settings.get("guide") and net}
-        return next(draw(net, **{**settings, **changes}, rows=range(1), shape=(1,), device="cpu"))[1]
+        changes = dict(sampler=sampler, sampling_steps=n, guide=settings.get("guide") and net, rows=range(1), shape=(1,), device="cpu")
+        return next(draw(net, **{**settings, **changes}))[1]
 
     one, two = count(1), count(2)
     return 0 if one > calls else 1 + (calls - one) // (two - one)
@@ -153,10 +154,6 @@ class Evaluation:
                                          sampler=sampler, guide=self.guide, together=True)
         return samples, labels, nfe
 
-    def others(self) -> dict[str, Dataset | None]:
-        """For each reference split the other one, whose items show what real data get; None where there is none."""
-        return {split: self.data.get("test" if split == "train" else "train") for split in self.judge.references}
-
     def real(self, split: str, other: Dataset | None, n: int) -> tuple[dict, str]:
         """The metrics of n real items against a reference split, and what they are.
 
@@ -173,13 +170,12 @@ class Evaluation:
 
     def metrics(self) -> dict:
         """Over the seeds; of real data; of as many samples as there are real items, if these are fewer; and what the card tells of them."""
-        others, values, fewer, calls, seconds = self.others(), {}, {}, [], []
+        values, fewer, calls, seconds, whats = {}, {}, [], [], []
+        others = {split: self.data.get("test" if split == "train" else "train") for split in self.judge.references}  # real data are of
         n = min([self.num, *(len(data.data) if data else len(self.data["train"].data) // 2 for data in others.values())])
-        real, whats = self.of_real, []
         for split, other in others.items():
             found, what = self.real(split, other, n)
-            for name, value in found.items():
-                real.setdefault(name, value)
+            self.of_real = {**found, **self.of_real}
             whats.append(what)
         for k in range(self.options.seeds):
             clock = time.perf_counter()
@@ -194,9 +190,10 @@ class Evaluation:
                 self.samples = samples[: max(2000, self.options.neighbours_num)].clone()
         self.seconds["sampling, one seed"] = round(float(np.mean(seconds)), 2)
         self.picture("samples", picture_of(self.samples, self.data["train"].data[: len(self.samples)]))
-        found = {"nfe": float(np.mean(calls)), "metrics": summary(values, {} if fewer else real)}
-        beside = {"items": n, "what": whats}
-        return {**found, "real": {**beside, "metrics": summary(fewer, real)} if fewer else beside}
+        real = {"items": n, "what": whats}
+        if fewer:
+            real["metrics"] = summary(fewer, self.of_real)
+        return {"nfe": float(np.mean(calls)), "metrics": summary(values, {} if fewer else self.of_real), "real": real}
 
     def protocol(self) -> dict:
         """What must be the same before two figures are compared."""
@@ -247,23 +244,19 @@ class Evaluation:
         """
         if not self.loss_num:
             return None
-        T_min, T_max = self.config.T_min, self.config.T_max
-        edges = np.linspace(T_min, T_max, BINS + 1)
-        rows, means = [{"t_min": float(low), "t_max": float(high)} for low, high in zip(edges, edges[1:])], {}
+        edges = np.linspace(self.config.T_min, self.config.T_max, BINS + 1)
+        columns, lines, means = {"t_min": edges[:-1], "t_max": edges[1:]}, {}, {}
         for weights in ("raw", "ema"):
             process, net = load_net(self.options.ckpt, self.state, self.config, self.spec, self.device, weights)
             for split, data in self.data.items():
                 t, losses = self.losses(process, net, data)
-                part = np.clip(np.searchsorted(edges, t, side="right") - 1, 0, BINS - 1)
-                for k, row in enumerate(rows):
-                    found = losses[part == k]
-                    row[f"{weights}_{split}"] = float(found.mean()) if len(found) else math.nan
-                    row[f"{weights}_{split}_error"] = float(found.std(ddof=1) / len(found) ** 0.5) if len(found) > 1 else math.nan
-                means[f"{weights}_{split}"] = float(losses.mean())
-        self.write_csv("loss_by_t", rows)
-        middle = [(row["t_min"] + row["t_max"]) / 2 for row in rows]
-        lines = {f"{w} weights, {s}": (middle, [row[f"{w}_{s}"] for row in rows], [row[f"{w}_{s}_error"] for row in rows])
-                 for w in ("raw", "ema") for s in self.data}
+                mean, std, count = (binned_statistic(t.clip(edges[0], edges[-1]), losses, what, edges).statistic
+                                    for what in ("mean", "std", "count"))
+                name, error = f"{weights}_{split}", std / np.where(count > 1, count - 1, math.nan) ** 0.5
+                columns |= {name: mean, f"{name}_error": error}
+                lines[f"{weights} weights, {split}"] = (edges[:-1] + edges[1:]) / 2, mean, error
+                means[name] = float(losses.mean())
+        self.write_csv("loss_by_t", [dict(zip(columns, values)) for values in zip(*columns.values())])
         self.picture("loss_by_t", log_plot(lines, "t", "loss"))
         return {"draws": len(losses), **means}
 
@@ -319,7 +312,6 @@ class Evaluation:
         """
         labels = torch.zeros(1, dtype=torch.int64) if self.config.class_conditional else None
         rows, settings = [], {**vars(self.config), "process": self.process, "labels": labels, "guide": self.guide}
-        settings.pop("device")
         if not self.options.curve:
             return None
         samplers = {**ODE_SAMPLERS, **({} if COUPLINGS[self.config.coupling] else SDE_SAMPLERS)}

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import functools
 import io
 import os
 import re
@@ -193,7 +192,6 @@ def set_up(wanted: str, tf32: bool = True, timeout: float = 10.0, cudnn_benchmar
 
     from utils import UserError, keep_freed_memory, world_size
 
-    end = None
     keep_freed_memory()
     try:
         with warnings.catch_warnings():
@@ -220,46 +218,47 @@ def set_up(wanted: str, tf32: bool = True, timeout: float = 10.0, cudnn_benchmar
                 nccl._set_default_timeout(datetime.timedelta(minutes=timeout + 1))
         yield device
     except (Exception, Stopped) as error:
-        end = ending(error, timeout)
-        if end is None:
+        try:
+            end(error, timeout)
             if not dist.is_initialized():
                 raise
             traceback.print_exc()
-            end = functools.partial(sys.exit, 1)
-    if end and not dist.is_initialized():
-        end()
+            leave(1)
+        except SystemExit as exit:
+            if not dist.is_initialized():
+                raise
+            leave(exit.code)
     if dist.is_initialized():
-        leave(end, device)
+        if device.type == "cuda":
+            dist.destroy_process_group()
+        leave(0)
 
 
-def ending(error: BaseException, timeout: float):
-    """The call that ends the program after `error`, in one line or none; or None if it is no mistake of the user's, but a bug."""
+def end(error: BaseException, timeout: float) -> None:
+    """Ends the program after `error`, in one line or none; does nothing if it is no mistake of the user's, but a bug."""
     import torch.distributed as dist
 
     from utils import UserError, first_line, out_of_memory
 
     text = str(error)
     if isinstance(error, Stopped):
-        return functools.partial(stopped, error)
+        stopped(error)
     if isinstance(error, UserError):
-        return functools.partial(fail, str(error))
+        fail(text)
     if isinstance(error, BrokenPipeError):
-        return functools.partial(os._exit, 1)  # or the interpreter's last flush tells of it
+        os._exit(1)  # or the interpreter's last flush tells of it
     if out_of_memory(error):
-        return functools.partial(fail, f"out of memory ({first_line(error)}): raise --accumulation_steps, or lower --batch_size or "
-                                       "--model_channels")
+        fail(f"out of memory ({first_line(error)}): raise --accumulation_steps, or lower --batch_size or --model_channels")
     for words, advice in GPU_ERRORS.items():
         if words in text:
-            return functools.partial(fail, f"{first_line(error)}: {advice}")
+            fail(f"{first_line(error)}: {advice}")
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return functools.partial(fail, f"torch.compile failed ({first_line(error)}): use --compile False, or install a C++ compiler")
+        fail(f"torch.compile failed ({first_line(error)}): use --compile False, or install a C++ compiler")
     if dist.is_initialized() and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and LOST.search(text)):
         nccl = text.partition("Last error:")[2].strip()
         if nccl and "ncclRemoteError" not in text:
-            return functools.partial(fail, f"NCCL failed ({nccl}): each process needs a GPU of its own, and NCCL room in /dev/shm; "
-                                           "NCCL_DEBUG=WARN prints more", 1)
-        return functools.partial(lost, nccl or first_line(error), timeout)
-    return None
+            fail(f"NCCL failed ({nccl}): each process needs a GPU of its own, and NCCL room in /dev/shm; NCCL_DEBUG=WARN prints more", 1)
+        lost(nccl or first_line(error), timeout)
 
 
 GPU_ERRORS = {
@@ -269,22 +268,12 @@ GPU_ERRORS = {
 LOST = re.compile("gloo|NCCL|Connection (closed|reset)|Timed out|timeout|Broken pipe")
 
 
-def leave(end, device) -> None:
-    """Ends one of several processes, by `end()` if that is not None, without the interpreter's own clean-up.
+def leave(status: int) -> None:
+    """Ends one of several processes, without the interpreter's own clean-up.
 
     Threads of gloo may still run then, and abort the process after all its work is done ("terminate called without an active
     exception", seen in 1 of some 20 runs on a busy machine).
     """
-    import torch.distributed as dist
-
-    status = 0
-    if end:
-        try:
-            end()
-        except SystemExit as exit:
-            status = exit.code
-    elif device.type == "cuda":
-        dist.destroy_process_group()
     atexit._run_exitfuncs()  # wandb's, among others
     sys.stdout.flush()
     sys.stderr.flush()

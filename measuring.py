@@ -108,17 +108,17 @@ class Bare:
         self.inputs = (formatted(self.config, c.alpha * batch.x0 + c.sigma * batch.x1), batch.t, batch.label)
         self.target = target(trainer.config.model_type, c, batch.x0, batch.x1)
 
-    def backward(self, forward=None, rows: int | None = None) -> None:
-        xt, t, label = self.inputs
+    def backward(self, forward=None, rows=slice(None)) -> None:
+        xt, t, label = (x if x is None else x[rows] for x in self.inputs)
         forward = self.trainer.forward if forward is None else forward
         with autocast(self.config, self.trainer.device):
-            out = forward(xt[:rows], t[:rows], None if label is None else label[:rows])
-        ((out.float() - self.target[:rows]) ** 2).mean().backward()
+            out = forward(formatted(self.config, xt), t, label)
+        ((out.float() - self.target[rows]) ** 2).mean().backward()
 
     def flops(self) -> float:
         """Floating-point operations for one image, forward and backward."""
         rows = min(2, len(self.target))
-        count = flops_of(lambda: self.backward(self.trainer.net, rows))
+        count = flops_of(lambda: self.backward(self.trainer.net, slice(rows)))
         self.trainer.optimizer.zero_grad()
         return count / rows
 
@@ -244,24 +244,18 @@ def peak_memory() -> float:
 
 def largest_batch(trainer, bare: Bare) -> int:
     """The largest batch of one process, to an eighth, with which a step of the bare network fits into the GPU's memory."""
-    inputs, wanted = bare.inputs, bare.target
-
     def fits(n: int) -> bool:
-        index = torch.arange(n, device=trainer.device) % len(wanted)
         try:
-            xt, t, label = inputs
-            bare.inputs, bare.target = (formatted(bare.config, xt[index]), t[index], None if label is None else label[index]), wanted[index]
-            bare.backward(trainer.net)
+            bare.backward(trainer.net, torch.arange(n, device=trainer.device) % len(bare.target))
             bare.update()
             return True
         except torch.cuda.OutOfMemoryError:
             return False
         finally:
-            bare.inputs, bare.target = inputs, wanted
             trainer.optimizer.zero_grad()
             torch.cuda.empty_cache()
 
-    n = len(wanted)
+    n = len(bare.target)
     while fits(2 * n):
         n *= 2
     for step in (n // 2, n // 4, n // 8):

@@ -48,10 +48,11 @@ def convert(y: Tensor, xt: Tensor, c: Coefs, kind: str, to: str) -> Tensor:
     return (on_xt * xt + on_y * y) / (c.alpha * q - c.sigma * p)
 
 
-def error_factor(c: Coefs, kind: str, to: str) -> Tensor:
-    """How many times the error of a prediction of this kind, relative to its size, the error of the kind `to` made of it is."""
-    (p, q), (p_to, q_to) = choose(PREDICTIONS, kind, c=c), choose(PREDICTIONS, to, c=c)
-    return (p.abs() + q.abs()) * ((c.alpha * q_to - c.sigma * p_to) / (c.alpha * q - c.sigma * p)).abs()
+def error_factor(c: Coefs, kind: str) -> Tensor:
+    """The error that a prediction of this kind, with an error of 1 relative to its size, makes in xt: sigma times it is the error of the
+    x0 that is made of it, and alpha times it that of x1."""
+    p, q = choose(PREDICTIONS, kind, c=c)
+    return (p.abs() + q.abs()) / (c.alpha * q - c.sigma * p).abs()
 
 
 class Preconditioned(nn.Module):

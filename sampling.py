@@ -53,7 +53,8 @@ class Field:
         self.guided = guidance_scale != 1 and (guide is not None or label is not None)
         self.guidance_scale, self.guidance_t_min, self.guidance_t_max = guidance_scale, guidance_t_min, guidance_t_max
         self.sde_diffusion, self.sde_scale, self.calls = sde_diffusion, sde_scale, 0
-        foggy = error_factor(process.at(1.0), model_type, "x0") > FOG
+        end = process.at(1.0)
+        foggy = end.sigma * error_factor(end, model_type) > FOG
         self.latest = process.time(torch.tensor(-2 * math.log(CLEAR))).item() if foggy else math.inf
 
     def predict(self, x: Tensor, time: float, guided_at: float | None = None) -> Tensor:
@@ -353,8 +354,9 @@ def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, 
     """
     settings = {**settings, "process": process}
     ts = make_grid(sampling_steps, T_min, T_max, grid, **settings)
+    last = process.at(T_min)
     own_step = (denoise and grid in LEVELS and "denoise" in parameters_of(find(SAMPLERS, sampler))
-                and error_factor(process.at(T_min), settings["model_type"], "x1") < FOG)
+                and last.alpha * error_factor(last, settings["model_type"]) < FOG)
 
     def drawn(batch: range, size: int) -> tuple[Tensor, int]:
         whole = range(batch.start, batch.start + size) if whole_batches else batch

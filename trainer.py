@@ -34,6 +34,7 @@ from utils import (
     RowNoise,
     UserError,
     append_dims,
+    call,
     complain,
     gather_rows,
     make_seed,
@@ -239,9 +240,7 @@ class DiffusionTrainer:
         return self.step == self.config.num_training_steps or (every > 0 and self.step % every == 0)
 
     def learning_rate(self, step: int) -> float:
-        c = self.config
-        return learning_rate(step, base_lr=c.base_lr, min_lr=c.min_lr, warmup_steps=c.warmup_steps,
-                             num_training_steps=c.num_training_steps, lr_schedule=c.lr_schedule)
+        return call(learning_rate, step=step, **vars(self.config))
 
     def end(self) -> None:
         """What rank 0 does at the end of the run, or of this part of it."""

@@ -191,11 +191,11 @@ def test_errors_of_gpus_end_in_one_line(monkeypatch, capfd, error, status, words
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(main.time, "sleep", lambda seconds: None)
     with pytest.raises(SystemExit) as end:
-        main.ending(error, 10.0)()
+        main.end(error, 10.0)
     said = capfd.readouterr().err
     assert end.value.code == status and said.startswith("error: ") and said.count("\n") == 1 and words in said, said
 
 
 def test_a_bug_is_no_error_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert main.ending(RuntimeError("shapes cannot be multiplied"), 10.0) is None
+    assert main.end(RuntimeError("shapes cannot be multiplied"), 10.0) is None
