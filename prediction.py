@@ -49,8 +49,8 @@ def convert(y: Tensor, xt: Tensor, c: Coefs, kind: str, to: str) -> Tensor:
 
 
 def error_factor(c: Coefs, kind: str) -> Tensor:
-    """The error that a prediction of this kind, with an error of 1 relative to its size, makes in xt: sigma times it is the error of the
-    x0 that is made of it, and alpha times it that of x1."""
+    """(|p| + |q|) / |D|. If a prediction of this kind is off by a share e of its size, the x0 made of it is off by e sigma times this
+    factor, and the x1 by e alpha times this."""
     p, q = choose(PREDICTIONS, kind, c=c)
     return (p.abs() + q.abs()) / (c.alpha * q - c.sigma * p).abs()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as run.sh has it: on a busy machine the tests are else several times slower
 os.environ["WANDB_MODE"] = "disabled"  # a start of wandb takes a second; its own tests set another
 GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # for the one test that wants a GPU; the others compare float32 on the CPU, everywhere
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -84,7 +84,23 @@ def test_the_operations_of_an_attention_and_of_one_image(tmp_path, digits):
     attention = torch.nn.functional.scaled_dot_product_attention
     assert measuring.flops_of(lambda: attention(q, k, v).sum().backward()) == 6 * 2 * (2 * 3) * 16 * 16 * 8
     bare = measuring.Bare(make(tmp_path, digits), False)
-    assert bare.flops() == measuring.flops_of(lambda: bare.backward(bare.trainer.net, rows=1))
+    assert bare.flops() == measuring.flops_of(lambda: bare.backward(bare.trainer.net, rows=slice(1)))
+
+
+def test_the_largest_batch_that_fits_to_an_eighth(tmp_path, digits, monkeypatch):
+    """On a GPU that has memory for 37 images: 32, and 4 more; nothing of it stays."""
+    trainer = make(tmp_path, digits)
+    bare, forward = measuring.Bare(trainer, False), trainer.net.forward
+
+    def limited(xt, t, label=None):
+        assert xt.is_contiguous(memory_format=torch.channels_last)
+        if len(xt) > 37:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(xt, t, label)
+
+    monkeypatch.setattr(trainer.net, "forward", limited)
+    assert measuring.largest_batch(trainer, bare) == 36
+    assert len(bare.target) == 16 and all(p.grad is None for p in trainer.net.parameters())
 
 
 def test_ceilings_count_their_operations(tmp_path, digits):

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import build
 from config import CHOICES, MAY_CHANGE, PRESETS, Config, problems
+from optimizers import learning_rate
 from prediction import LOSS_WEIGHTINGS, loss_weight
 from processes import PROCESSES, make_process
 from sample import Options
@@ -29,7 +30,8 @@ def read_settings():
                 if owner in ("config", "c"):
                     read.add(node.attr)
     tables = (PROCESSES, TIME_SAMPLERS, build.NETWORKS, LOSS_WEIGHTINGS, GRIDS, SAMPLERS)
-    for called in (make_process, loss_weight, make_grid, draw, Field, *(entry for table in tables for entry in table.values())):
+    functions = (make_process, loss_weight, make_grid, draw, Field, learning_rate)
+    for called in (*functions, *(entry for table in tables for entry in table.values())):
         read |= set(inspect.signature(called).parameters)
     return read
 
