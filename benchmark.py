@@ -98,9 +98,6 @@ def read_options(arguments: list[str]) -> Options:
     if preset not in PRESETS:
         fail(f"{preset!r} is no preset: expected one of {', '.join(PRESETS)}")
     options = parse(Options, arguments, Options(preset=preset, **PRESETS[preset]), "Measures how fast it is.", CHOICES)
-    for name in ("rounds", "seconds"):
-        if not getattr(options, name) > 0:
-            fail(f"{name} is {getattr(options, name)}: expected more than 0")
     folder = os.path.dirname(options.out) or "."
     if not os.access(folder, os.W_OK) or os.path.isdir(options.out):
         fail(f"out is {options.out!r}: expected a file in a folder that is there and can be written")

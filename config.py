@@ -203,7 +203,7 @@ def out_of_range(settings: dict) -> list[str]:
     positive = ("batch_size", "accumulation_steps", "num_training_steps", "base_lr", "sampling_steps", "num_samples", "log_every",
                 "sampling_batch_size", "image_size", "model_channels", "num_res_blocks", "hidden_dim", "num_layers", "logit_normal_scale",
                 "edm_P_std", "time_beta_a", "time_beta_b", "min_snr_gamma", "sigma_data", "grid_shift", "rtol", "atol", "num",
-                "keep_checkpoints", "max_skipped_steps", "evaluation_samples", "seeds")
+                "keep_checkpoints", "max_skipped_steps", "evaluation_samples", "seeds", "rounds", "seconds")
     not_negative = ("warmup_steps", "weight_decay", "grad_clip_norm", "sample_every", "save_every", "milestone_every", "min_lr",
                     "evaluate_every", "likelihood_num", "loss_num", "neighbours_num", "sde_scale", "corrector_snr", "churn",
                     "churn_min", "churn_noise")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cards import compare
-from config import out_of_range
 from main import fail, parse, set_up, start
 from sample import DRAWING_CHOICES, Drawing
 
@@ -37,8 +36,6 @@ def main(arguments: list[str]) -> None:
         return compare(arguments[1:])
     choices = {**DRAWING_CHOICES, "extractor": ("extractors.py", "EXTRACTORS", Literal["auto"])}
     options = parse(Options, arguments, description="Tells how good a checkpoint is.", choices=choices)
-    for problem in out_of_range(vars(options)):
-        fail(problem)
     if options.num == 1:
         fail("num is 1: expected 2 or more, to have a spread")
     if options.curve and min(options.curve) < 1:

@@ -25,7 +25,7 @@ import warnings
 from typing import Literal, Union
 
 import stopping
-from config import CHOICES, PRESETS, Config, problems
+from config import CHOICES, PRESETS, Config, out_of_range, problems
 from stopping import Stopped
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -88,7 +88,7 @@ def names_in(file: str, table: str) -> tuple[str, ...]:
 
 
 def parse(cls: type, arguments: list[str], default=None, description: str | None = None, choices: dict | None = None):
-    """The dataclass `cls` filled from `arguments` with tyro; wrong ones end the program in one line.
+    """The dataclass `cls` filled from `arguments` with tyro; wrong ones, or numbers out of range, end the program in one line.
 
     `choices` maps a field to the (file, dictionary) whose keys are its allowed values, with other types that are allowed.
     """
@@ -109,11 +109,15 @@ def parse(cls: type, arguments: list[str], default=None, description: str | None
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(cls, args=arguments, default=default, description=description, console_outputs=not quiet,
-                            config=(tyro.conf.FlagConversionOff,))
+            options = tyro.cli(cls, args=arguments, default=default, description=description, console_outputs=not quiet,
+                               config=(tyro.conf.FlagConversionOff,))
     except SystemExit as end:
         if end.code in (0, None):
             raise
+    else:
+        for problem in out_of_range(vars(options)):
+            fail(problem)
+        return options
     box = [line.strip("│╭╮╰╯ ").strip() for line in said.getvalue().splitlines() if line.startswith(("│", "╭", "╰"))]
     end = next((i for i, line in enumerate(box) if line.startswith("──")), len(box))
     box = box[1:end]  # the rest points to --help

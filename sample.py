@@ -150,8 +150,6 @@ def load(options: Drawing, device) -> Loaded:
 
 def main(arguments: list[str]) -> None:
     options = parse(Options, arguments, description="Draws samples from a checkpoint.", choices=DRAWING_CHOICES)
-    for problem in out_of_range(vars(options)):
-        fail(problem)
     folder, png = os.path.dirname(options.out) or ".", os.path.splitext(options.out)[0] + ".png"
     if not options.out.endswith(".npz") or not os.access(folder, os.W_OK) or os.path.isdir(options.out) or os.path.isdir(png):
         fail(f"out is {options.out!r}: expected a FILE.npz in a folder that is there and can be written")
