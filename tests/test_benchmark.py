@@ -213,6 +213,7 @@ def test_every_preset_has_options_and_data_without_download():
 @pytest.mark.parametrize("flags, words", [
     (["--preset", "cifar"], ["preset", "cifar10_debug"]),
     (["--rounds", "0"], ["rounds is 0"]),
+    (["--seconds", "-1"], ["seconds is -1.0: expected more than 0"]),
     (["--out", "/nowhere/b.json"], ["out is"]),
     (["--batch", "3"], ["--batch is no setting", "--batch_size"]),
     (["--preset", "digits", "--batch_size", "2", "--accumulation_steps", "4"], ["batch_size 2 is less than 4"]),

@@ -84,6 +84,13 @@ def test_many_samples_are_drawn_compiled_if_one_likes(checkpoints, tmp_path, mon
         made.clear()
 
 
+def test_bf16_that_is_emulated_is_told_of(checkpoints, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("build.native_bf16", lambda device: False)
+    for words, told in (("--bf16 True", 1), ("", 0)):
+        sample(tmp_path, checkpoints / "digits" / "last.pt", "--num", "2", *words.split())
+        assert capfd.readouterr().err.count("this CPU emulates bfloat16") == told
+
+
 def test_autoguidance(checkpoints, tmp_path, capfd):
     """A run of fewer steps guides: its own network as guide changes nothing, another does; also where there are no labels."""
     ckpt, worse = checkpoints / "digits" / "last.pt", checkpoints / "worse" / "last.pt"
