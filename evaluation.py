@@ -15,7 +15,6 @@ import time
 
 import numpy as np
 import torch
-from scipy.stats import binned_statistic
 from torch import Tensor
 
 from build import check_settings
@@ -242,6 +241,8 @@ class Evaluation:
 
         The batches and their loss are the trainer's, without flips and label dropout; they are the same for both weights.
         """
+        from scipy.stats import binned_statistic
+
         if not self.loss_num:
             return None
         edges = np.linspace(self.config.T_min, self.config.T_max, BINS + 1)
