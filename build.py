@@ -1,61 +1,58 @@
-"""From the settings to the parts: checks, process, time sampler, network; and samples of a network, drawn by all processes.
+"""Builds process, time sampler and network from the settings, checks them, and draws samples of a network on all ranks.
 
-Training and sampling share what is here. To add an architecture, write a file such as mlp.py with a class that is called as
-net(xt, t, label), and give it a row in NETWORKS.
+Training and sampling share what is here. To add an architecture, write a file such as mlp.py with a class that is
+called as net(xt, t, label), and give it a row in NETWORKS.
 """
 
-import dataclasses
 import math
 
 import torch
 from torch import Tensor, nn
 
-import stopping
+from command_line import signal_name, stop_requested
 from config import Config
 from couplings import COUPLINGS
 from data_utils import DataSpec
+from distributed import Heartbeat, gather_rows, print0, rank, share
+from logging_utils import Progress
 from mlp import MLP
 from prediction import Preconditioned, convert, loss_weight, target
 from processes import Process, make_process
 from sampling import SDE_SAMPLERS, Field, draw, make_grid
 from time_samplers import TIME_SAMPLERS, Uniform
 from unet import UNet
-from utils import (
-    Heartbeat,
-    Progress,
-    UserError,
-    choose,
-    complain,
-    find,
-    gather_rows,
-    make_seed,
-    native_bf16,
-    parameters_of,
-    print0,
-    rank,
-    share,
-)
+from utils import UserError, call_with_settings, look_up, make_seed, native_bf16, parameters_of, warn
 
 NETWORKS = {"unet": UNet, "mlp": MLP}
 
-# Steps of training, and of a sampler over all its batches, from which compiling the network pays on a GPU: it takes some 30 to 90 s
-# there, and about halves the time of a call. These are estimates.
+# Steps of training, and of a sampler over all its batches, from which compiling the network pays on a GPU. It takes
+# some 30 to 90 s there, and about halves the time of a call. These are estimates.
 TRAINING_STEPS, SAMPLING_STEPS = 10_000, 500
 COMPILING = "compiling the network: the first call takes a minute or so"
 
 
+def check_run(config: Config, device: torch.device) -> None:
+    """All that can be checked before data are read. Raises UserError; prints which settings the network ignores."""
+    check_settings(config)
+    check_bf16(config, device)
+    others = set().union(*map(parameters_of, NETWORKS.values())) - parameters_of(NETWORKS[config.network])
+    ignored = [name for name, value in vars(config).items() if name in others and value != getattr(Config, name)]
+    if ignored:
+        print0(f"note: network {config.network} does not read {', '.join(ignored)}")
+
+
 def check_settings(config: Config) -> None:
-    """Raises UserError if what training or sampling computes from a network's output is not finite at T_min or T_max, or not there.
+    """Raises UserError if training or sampling would divide by zero at T_min or T_max, or needs a score there is not.
 
     Needs neither data nor network.
     """
     settings = vars(config)
-    process = make_process(**settings)
+    process = call_with_settings(make_process, settings)
     time_sampler = make_time_sampler(config, process)
     for name, chosen, fix in (("sampler", config.sampler, "heun"), ("sde_sampler", config.sde_sampler, "None")):
         if COUPLINGS[config.coupling] and chosen in SDE_SAMPLERS:
-            raise UserError(f"{name} {chosen} needs the score, which coupling {config.coupling} does not give, since its noise is not "
-                            f"independent of the data: use --{name} {fix}")
+            raise UserError(f"{name} {chosen} needs the score, which coupling {config.coupling} does not give, since "
+                            f"its noise is not independent of the data: use --{name} {fix}")
     one, model_type, target_type = torch.ones(1, 1), config.model_type, config.target_type
     field = Field(lambda x, t, label: one, process, model_type)
     for name, end, fix in (("T_min", config.T_min, "--T_min 1e-4"), ("T_max", config.T_max, "--T_max 0.9999")):
@@ -63,69 +60,69 @@ def check_settings(config: Config) -> None:
         c = process.coefs(t, ndim=2)
         values = {
             f"the target {target_type}": target(target_type, c, one, one),
-            f"{target_type} from a network that predicts {model_type}": convert(one, 2 * one, c, model_type, target_type),
-            f"the loss weighting {config.loss_weighting}": loss_weight(c=c, **settings),
+            f"{target_type} from a network that predicts {model_type}":
+                convert(one, 2 * one, c, model_type, target_type),
+            f"the loss weighting {config.loss_weighting}": call_with_settings(loss_weight, settings, c=c),
             f"the velocity from a network that predicts {model_type}": field.velocity(2 * one, end),
         }
         if config.precondition:
-            values["log(sigma / alpha), which precondition shows the network,"] = c.log_snr
-        if config.importance_weights:  # infinite at an end that is never drawn, as for logit_normal, is right
-            values[f"the importance weight of {config.time_sampler}"] = time_sampler.importance(t).nan_to_num(math.nan, posinf=0.0)
-        if name == "T_max":  # no sampler wants the score at T_min: the last step is the ODE's
+            values["log(sigma / alpha), which precondition gives the network,"] = c.log_snr
+        if config.importance_weights:  # may be infinite at an end that is never drawn, as for logit_normal
+            importance = time_sampler.importance(t).nan_to_num(math.nan, posinf=0.0)
+            values[f"the importance weight of {config.time_sampler}"] = importance
+        if name == "T_max":  # no sampler needs the score at T_min: the last step is the ODE's
             values[f"the score from a network that predicts {model_type}"] = field(2 * one, end, "score")
         for what, value in values.items():
             if not value.isfinite().all():
                 raise UserError(f"{name} {end}: {what} is not finite there; use {fix}")
-    make_grid(**{**settings, "n": config.sampling_steps, "process": process})
-
-
-def ignored(config: Config) -> list[str]:
-    """The settings that differ from the defaults, and that other networks read but not the chosen one."""
-    others = set().union(*map(parameters_of, NETWORKS.values())) - parameters_of(NETWORKS[config.network])
-    return [name for name, value in vars(config).items() if name in others and value != getattr(Config, name)]
+    call_with_settings(make_grid, {**settings, "process": process}, n=config.sampling_steps)
 
 
 def make_time_sampler(config: Config, process: Process) -> Uniform:
     """The time sampler of the settings. Raises UserError if they make none."""
-    return choose(TIME_SAMPLERS, config.time_sampler, **{**vars(config), "process": process})
+    return call_with_settings(look_up(TIME_SAMPLERS, config.time_sampler), {**vars(config), "process": process})
 
 
 def build(config: Config, spec: DataSpec, device: torch.device) -> tuple[Process, nn.Module]:
-    """The process and the network, with weights from the seed, on `device`. Raises UserError if the settings do not fit the data."""
-    settings = dataclasses.asdict(config)
-    num_classes = spec.num_classes if config.class_conditional else 0
+    """The process and the network, with weights from the seed, on `device`.
+
+    Raises UserError if the settings do not fit the data.
+    """
+    num_classes, network = spec.num_classes if config.class_conditional else 0, look_up(NETWORKS, config.network)
     if config.class_conditional and not num_classes:
-        raise UserError(f"class_conditional is set, but {config.dataset} has no labels: use --class_conditional False")
-    if num_classes and "num_classes" not in parameters_of(find(NETWORKS, config.network)):
-        raise UserError(f"class_conditional is set, but network {config.network} takes no num_classes: let it take labels, or use "
-                        "--class_conditional False")
+        raise UserError(f"class_conditional is set, but {config.dataset} has no labels: use --class_conditional False, "
+                        "or add labels as arr_1 of a .npz file")
+    if num_classes and "num_classes" not in parameters_of(network):
+        raise UserError(f"class_conditional is set, but network {config.network} takes no num_classes: let it take "
+                        "labels, or use --class_conditional False")
     torch.manual_seed(make_seed(config.seed, "weights"))
     try:
-        net = choose(NETWORKS, config.network, **settings, data_shape=spec.shape, num_classes=num_classes)
+        net = call_with_settings(network, {**vars(config), "num_classes": num_classes}, data_shape=spec.shape)
     except ValueError as error:
         raise UserError(str(error)) from error
-    process = make_process(**settings)
+    process = call_with_settings(make_process, vars(config))
     if config.precondition:
         net = Preconditioned(net, process)
-    net = net.to(device)
-    if spec.is_image and config.channels_last:
-        net = net.to(memory_format=torch.channels_last)
-    return process, net
+    image = spec.is_image and config.channels_last
+    return process, net.to(device, memory_format=torch.channels_last if image else torch.preserve_format)
 
 
 def uses_bf16(config: Config, device: torch.device) -> bool:
-    """Whether the network runs in bfloat16: on a GPU that has it, unless the settings say no; on a CPU if they say so."""
-    return config.bf16 is not False and native_bf16(device) if device.type == "cuda" else bool(config.bf16)
+    """Whether the network runs in bfloat16: on a GPU that has it, unless bf16 is False; on a CPU if it is True."""
+    if device.type == "cuda":
+        return config.bf16 is not False and native_bf16(device)
+    return bool(config.bf16)
 
 
 def check_bf16(config: Config, device: torch.device) -> None:
-    """Raises UserError if bf16 is set, and this GPU has none; prints a line if this CPU emulates it."""
+    """Raises UserError if bf16 is set and this GPU has none; prints a line if this CPU emulates it."""
     if config.bf16 and not native_bf16(device):
         if device.type == "cuda":
-            raise UserError(f"bf16 is set, but {torch.cuda.get_device_name(device)} has no bfloat16, which GPUs have from capability 8.0 "
-                            "on (A100, RTX 30): use --bf16 False")
+            raise UserError(f"bf16 is set, but {torch.cuda.get_device_name(device)} has no bfloat16, which GPUs have "
+                            "from capability 8.0 on (A100, RTX 30): use --bf16 False")
         if rank() == 0:
-            complain("bf16 is set, but this CPU emulates bfloat16, several times slower than float32: --bf16 False is faster")
+            warn("bf16 is set, but this CPU emulates bfloat16, several times slower than float32: --bf16 False is "
+                 "faster")
 
 
 def autocast(config: Config, device: torch.device):
@@ -134,7 +131,7 @@ def autocast(config: Config, device: torch.device):
 
 
 def compiles(config: Config, device: torch.device, steps: float, enough: int) -> bool:
-    """Whether the network is compiled: if the settings allow it, which by default they do on a GPU, and so many steps are `enough`."""
+    """Whether the network is compiled: if the settings allow it (by default on a GPU), and it runs `enough` steps."""
     return (device.type == "cuda" if config.compile is None else config.compile) and steps >= enough
 
 
@@ -144,15 +141,17 @@ def formatted(config: Config, x: Tensor) -> Tensor:
 
 
 def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device: torch.device, *, rows: range,
-             labels: Tensor | None, sampler: str, guide: nn.Module | None = None, together: bool = False) -> tuple[Tensor, float]:
-    """Samples `rows`, shared among all processes, decoded, on the CPU of every process: uint8 images or float vectors (N, ...); and the
-    network calls that a sample took.
+             labels: Tensor | None, sampler: str, guide: nn.Module | None = None,
+             together: bool = False) -> tuple[Tensor, float]:
+    """The samples `rows`, shared among all ranks, and the network calls that a sample took, on the CPU of every rank.
 
-    `labels` (N,) are those of all samples from 0 on. The settings of sampling are those of `config`. `guide` is a network for
-    autoguidance. If one process fails, it raises UserError at once, or, with `together`, all do when all are done.
+    Samples are decoded: uint8 images or float vectors (N, ...). `labels` (N,) are those of all samples from 0 on. The
+    settings of sampling are those of `config`. `guide` is a network for autoguidance. If one rank fails, it raises
+    UserError at once, or, with `together`, all do when all are done.
     """
-    mine, heart, calls = share(len(rows)), Heartbeat(config.timeout), 0
-    compiled = compiles(config, device, config.sampling_steps * len(mine) / config.sampling_batch_size, SAMPLING_STEPS)
+    own_rows, heartbeat, calls = share(len(rows)), Heartbeat(config.timeout), 0
+    steps = config.sampling_steps * len(own_rows) / config.sampling_batch_size
+    compiled = compiles(config, device, steps, SAMPLING_STEPS)
     if compiled:
         print0(COMPILING)
 
@@ -160,10 +159,10 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
         forward = torch.compile(net) if compiled else net
 
         def network(xt, t, label):
-            if number := stopping.asked():  # in training, which holds the signals
-                raise UserError(f"broken off by {stopping.name(number)}")
+            if number := stop_requested():  # in training, which defers signals
+                raise UserError(f"stopped by {signal_name(number)}")
             progress.update()
-            heart.beat()
+            heartbeat.beat()
             if compiled and label is None and config.class_conditional:  # one graph serves both
                 label = torch.full(t.shape, spec.num_classes, device=device)
             with autocast(config, device):
@@ -171,22 +170,24 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
 
         return network
 
-    settings = {**vars(config), "process": process, "sampler": sampler, "device": device, "batch_size": config.sampling_batch_size}
-    batches = draw(watched(net), rows=rows[mine.start : mine.stop], shape=spec.shape, labels=labels, guide=guide and watched(guide),
-                   whole_batches=compiled, **settings)
-    decoded, wrong = [torch.empty(0, *spec.shape, dtype=torch.uint8 if spec.is_image else torch.float32)], None
+    batches = call_with_settings(
+        draw, {**vars(config), "guide": guide and watched(guide)}, net=watched(net), process=process, device=device,
+        rows=rows[own_rows.start : own_rows.stop], shape=spec.shape, labels=labels, sampler=sampler,
+        batch_size=config.sampling_batch_size, whole_batches=compiled)
+    empty = torch.empty(0, *spec.shape, dtype=torch.uint8 if spec.is_image else torch.float32)
+    decoded, failure = [empty], None
     try:
-        with Progress(f"{sampler}: 0 of {len(mine)} samples", unit="network call") as progress:
-            for batch, of_each in batches:
+        with Progress(f"{sampler}: 0 of {len(own_rows)} samples", unit="network call") as progress:
+            for batch, calls_of_each in batches:
                 decoded.append(spec.decode(batch).cpu())
-                calls += of_each * len(batch)
-                progress.update(0, f"{sampler}: {sum(map(len, decoded))} of {len(mine)} samples")
+                calls += calls_of_each * len(batch)
+                progress.update(0, f"{sampler}: {sum(map(len, decoded))} of {len(own_rows)} samples")
     except UserError as error:
         if not together:
             raise
-        decoded, wrong = decoded[:1], error
-    heart.wait()
+        decoded, failure = [empty], error
+    heartbeat.wait()
     samples = gather_rows(torch.cat(decoded))
     if len(samples) < len(rows):
-        raise wrong or UserError("another process could not draw its samples")
+        raise failure or UserError("another rank could not draw its samples")
     return samples, gather_rows(torch.tensor([calls])).sum().item() / len(rows)

@@ -1,9 +1,12 @@
-"""Which noise goes with which data: `coupling(x0, x1, label) -> order`, and x1[order] goes with x0, in a batch (B, ...).
+"""Couplings pair the noise of a batch with its data: x1[order] goes with x0, where order = coupling(x0, x1, label).
 
-Training on pairs that are close makes the paths of a flow cross less, so that fewer steps follow them (Pooladian et al. 2023,
-"Multisample Flow Matching"; Tong et al. 2023, "Improving and Generalizing Flow-Based Generative Models with Minibatch Optimal
-Transport"). x1 is then no longer independent of x0, so score = -x1 / sigma does not hold: sample by the ODE, with a velocity.
-Every process looks at the whole batch, and orders it alike. To add a coupling, write such a function and give it a row in COUPLINGS.
+x0 and x1 are (B, ...), label is (B,) int64 or None, and order is (B,) int64. With pairs that are close to each other,
+the paths of a flow cross less, and a sampler needs fewer steps (Pooladian et al. 2023, "Multisample Flow Matching";
+Tong et al. 2023, "Improving and Generalizing Flow-Based Generative Models with Minibatch Optimal Transport"). But then
+x1 depends on x0, so that score = -x1 / sigma does not hold: sample by the ODE, with a velocity. Every rank orders the
+whole global batch, and all find the same order.
+
+To add a coupling, write such a function and give it a row in COUPLINGS.
 """
 
 import torch
@@ -11,16 +14,20 @@ from torch import Tensor
 
 
 def optimal_transport(x0: Tensor, x1: Tensor, label: Tensor | None) -> Tensor:
-    """The order with the least sum of squared distances, exact. Labels are ignored: with class-conditional data each class then trains
-    on noise of its own, which sampling does not give it."""
+    """The order with the least sum of squared distances between x0 and x1[order], exact.
+
+    It ignores the labels. With class-conditional data, each class then trains on noise with a distribution of its own,
+    but sampling starts from N(0, I) for every class: use `optimal_transport_within_class`.
+    """
     from scipy.optimize import linear_sum_assignment
 
-    cost = -(x0.flatten(1).double() @ x1.flatten(1).double().T)  # |x0 - x1|^2 / 2, but for terms that no order changes
+    # |x0 - x1|^2 / 2 without the terms whose sum is the same for every order
+    cost = -(x0.flatten(1).double() @ x1.flatten(1).double().T)
     return torch.as_tensor(linear_sum_assignment(cost.cpu().numpy())[1], device=x0.device)
 
 
 def optimal_transport_within_class(x0: Tensor, x1: Tensor, label: Tensor | None) -> Tensor:
-    """The least among orders that leave each class its noise, so that noise and label stay independent. `label` (B,) int64."""
+    """As `optimal_transport`, but noise is exchanged within each class only, and so stays independent of the label."""
     order = torch.arange(len(x0), device=x0.device)
     for k in label.unique():
         members = (label == k).nonzero().flatten()

@@ -1,7 +1,8 @@
-"""An exponential moving average of the weights, which draws better samples than the weights themselves.
+"""Keeps an exponential moving average of the weights, which draws better samples than the weights themselves.
 
-`decay` is that of one step, with a warm-up: after n updates it is min(decay, (1 + n) / (10 + n)), so that the first, bad weights
-are forgotten (as in tf.train.ExponentialMovingAverage). Parameters are averaged, in float32; buffers are copied.
+`decay` is the decay of one step. It has a warm-up, so that the first, bad weights are forgotten: after n updates the
+decay is min(decay, (1 + n) / (10 + n)), as in tf.train.ExponentialMovingAverage. Parameters are averaged, in float32;
+buffers are copied. For another warm-up or average, change `update`.
 """
 
 import copy
@@ -11,7 +12,7 @@ from torch import nn
 
 
 class EMA:
-    """Holds `net`, an averaged copy of the network that it is made with; `update` it after each optimizer step of that."""
+    """`EMA(net, decay).net` is an averaged copy of `net`. Call `update` after each step of the optimizer."""
 
     def __init__(self, net: nn.Module, decay: float):
         self.decay, self.num_updates = decay, 0
@@ -23,8 +24,8 @@ class EMA:
     def update(self) -> None:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
-        for mine, theirs in self.buffers:
-            mine.copy_(theirs)
+        for copied, buffer in self.buffers:
+            copied.copy_(buffer)
         self.num_updates += 1
 
     def state_dict(self) -> dict:

@@ -1,7 +1,10 @@
-"""A residual MLP for vectors: net(xt, t, label) -> output, both (B, D), with t (B,) in [0, 1] and label (B,) int64 or None.
+"""A residual MLP for vectors: `net(xt, t, label)` maps xt (B, D) to an output of the same shape.
 
-Time enters as sines and cosines at geometric frequencies, labels as a learned vector; both are added to the embedded xt.
-Label `num_classes` means "no label", as does None.
+t is (B,) in [0, 1], and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. A linear
+layer embeds xt. Linear features of the sines and cosines of t, at geometric frequencies, and a learned vector for each
+label are added to it.
+
+To use another network, write a class with the same call, and give it a row in NETWORKS of build.py.
 """
 
 import math
@@ -11,9 +14,13 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """`data_shape` is (D,); `num_classes` 0 makes a network that ignores labels. Raises ValueError for data that are no vectors."""
+    """The MLP. `data_shape` is (D,). A network with `num_classes` 0 ignores labels.
 
-    def __init__(self, data_shape: tuple[int], num_classes: int = 0, hidden_dim: int = 256, num_layers: int = 4, dropout: float = 0.0):
+    Raises ValueError for data that are no vectors.
+    """
+
+    def __init__(self, data_shape: tuple[int], num_classes: int = 0, hidden_dim: int = 256, num_layers: int = 4,
+                 dropout: float = 0.0):
         super().__init__()
         if len(data_shape) != 1:
             raise ValueError(f"mlp takes vectors, not data of shape {tuple(data_shape)}: use --network unet")

@@ -1,7 +1,8 @@
-"""The optimizer, the learning rate as a pure function of the step, and a step with gradient clipping.
+"""Makes the optimizer, computes the learning rate of each step, and takes a step with gradient clipping.
 
-The rate of step s (from 0) is set before that step is taken: base_lr (s + 1) / warmup_steps during warm-up, then a schedule of
-SCHEDULES. To add one, write a function of the progress after warm-up, in [0, 1], and give it a row.
+The learning rate is a pure function of the step s (from 0), and is set before that step is taken. During warm-up it is
+base_lr (s + 1) / warmup_steps; then it follows a schedule. To add a schedule, write a function of the progress after
+warm-up, in [0, 1], that returns the rate between min_lr (0) and base_lr (1), and give it a row in SCHEDULES.
 """
 
 import math
@@ -9,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from utils import choose
+from utils import look_up
 
 SCHEDULES = {
     "constant": lambda progress: 1.0,
@@ -17,19 +18,21 @@ SCHEDULES = {
 }
 
 
-def learning_rate(step: int, *, base_lr: float, min_lr: float, warmup_steps: int, num_training_steps: int, lr_schedule: str) -> float:
-    """The rate of step `step` (from 0): linear warm-up to `base_lr`, then the schedule, from `base_lr` down to `min_lr` if cosine.
+def learning_rate(step: int, *, base_lr: float, min_lr: float, warmup_steps: int, num_training_steps: int,
+                  lr_schedule: str) -> float:
+    """The learning rate of step `step` (from 0): a linear warm-up to `base_lr`, and then the schedule.
 
-    The cosine reaches `min_lr` at step `num_training_steps`. Raises UserError for an unknown schedule.
+    `constant` stays at `base_lr`. `cosine` falls to `min_lr`, which it reaches at step `num_training_steps`. Raises
+    UserError for an unknown schedule.
     """
     if step < warmup_steps:
         return base_lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(num_training_steps - warmup_steps, 1)
-    return min_lr + (base_lr - min_lr) * choose(SCHEDULES, lr_schedule, progress=min(progress, 1.0))
+    return min_lr + (base_lr - min_lr) * look_up(SCHEDULES, lr_schedule)(min(progress, 1.0))
 
 
 def make_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW, fused into one kernel; weight decay on matrices and kernels only, not on biases and norms."""
+    """AdamW, fused into one kernel, with weight decay on matrices and convolution kernels, not on biases and norms."""
     parameters = [p for p in net.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -39,23 +42,29 @@ def make_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimizer
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """The optimizer's load_state_dict, with the moments in the memory layout of their weights, which may have another than when they were
-    saved: fused kernels walk both in the order of memory."""
+    """The optimizer's load_state_dict, which also gives each moment the memory layout that its weight has now.
+
+    The layout may have been another when `state` was saved. A fused kernel reads weights and moments in the order of
+    their memory, so the two must agree.
+    """
     optimizer.load_state_dict(state)
     for p, moments in optimizer.state.items():
-        moments.update({name: torch.empty_like(p).copy_(value) for name, value in moments.items() if value.shape == p.shape})
+        moments.update({name: torch.empty_like(p).copy_(value)
+                        for name, value in moments.items() if value.shape == p.shape})
 
 
 def take_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """The optimizer's step, with the gradients scaled down to `max_norm` where their norm is larger (0: never). Returns the norm before.
+    """Takes a step of the optimizer, with gradients scaled down to the norm `max_norm` if theirs is larger (0: never).
 
-    If the norm is not finite, weights and moments stay as they are. A fused optimizer is told of both on the device, as
-    torch.amp.GradScaler tells it: it scales where it reads, and nothing waits for a GPU.
+    Returns the norm of all gradients before scaling, a scalar on their device. If it is not finite, weights and moments
+    do not change. A fused optimizer gets the scale, and whether the norm is finite, as tensors on the device, in the
+    attributes that torch.amp.GradScaler uses. Its kernel scales the gradients as it reads them. So the CPU does not
+    wait for the GPU.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale = (norm / max_norm).clamp(min=1.0) if max_norm else None  # by which gradients are divided
+        optimizer.grad_scale = (norm / max_norm).clamp(min=1.0) if max_norm else None  # the gradients' divisor
         optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
     elif norm.isfinite():

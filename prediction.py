@@ -1,20 +1,23 @@
-"""What a network predicts, how to read one kind of prediction as another, and how the loss weighs the times.
+"""What a network can predict, how one kind of prediction is converted to another, and how the loss weighs each time.
 
-Every kind is a row (p, q): its target is y = p x0 + q x1. With xt = alpha x0 + sigma x1 that is a 2 x 2 linear system,
+Every kind is a row (p, q) of PREDICTIONS: its target is y = p x0 + q x1. Together with xt = alpha x0 + sigma x1, this
+is a 2 x 2 linear system. Its solution is
 
     x0 = (q xt - sigma y) / D,    x1 = (alpha y - p xt) / D,    D = alpha q - sigma p,
 
-so one inversion turns any kind into any other, and training targets and conversions share one table. The same holds for the
-expectations given xt, which is what a trained network outputs. To add a kind, add a row to PREDICTIONS; to add a weighting, one to
-LOSS_WEIGHTINGS. (v: Salimans & Ho 2022, "Progressive Distillation", appendix D. Score: Song et al. 2021, eq. 7 with the Gaussian
-transition. edm: F of Karras et al. 2022, eq. 7, where x0 = c_skip xt + c_out F.)
+so one formula converts any kind to any other, and training targets and conversions share one table. The system is
+linear, so it also holds for the expectations given xt, which are what a trained network outputs.
+
+To add a kind, add a row to PREDICTIONS; to add a weighting, one to LOSS_WEIGHTINGS. (v: Salimans & Ho 2022,
+"Progressive Distillation", appendix D. score: Song et al. 2021, eq. 7 with the Gaussian transition. edm: F in
+x0 = c_skip xt + c_out F, Karras et al. 2022, eq. 7.)
 """
 
 import torch
 from torch import Tensor, nn
 
 from processes import Coefs, Process
-from utils import append_dims, choose
+from utils import append_dims, call_with_settings, look_up
 
 PREDICTIONS = {
     "x0": lambda c: (torch.ones_like(c.alpha), torch.zeros_like(c.alpha)),
@@ -27,39 +30,42 @@ PREDICTIONS = {
 
 
 def target(kind: str, c: Coefs, x0: Tensor, x1: Tensor) -> Tensor:
-    """The training target of this kind, p x0 + q x1, for x0 and x1 (B, ...) and `c` of their times.
+    """The training target of this kind, p x0 + q x1, for x0 and x1 (B, ...) and the coefficients `c` at their times.
 
     Raises UserError for an unknown kind.
     """
-    p, q = choose(PREDICTIONS, kind, c=c)
+    p, q = look_up(PREDICTIONS, kind)(c)
     return p * x0 + q * x1
 
 
 def convert(y: Tensor, xt: Tensor, c: Coefs, kind: str, to: str) -> Tensor:
-    """A prediction `y` of one kind at `xt`, both (B, ...), as the kind `to`. The same kind returns `y` itself.
+    """Converts a prediction `y` of one kind at `xt`, both (B, ...), to the kind `to`. Equal kinds return `y` itself.
 
-    Raises UserError for an unknown kind. Where `kind` says nothing about `to` (D = 0, such as x0 at sigma = 0), the result is
-    not finite: `build.check_settings` finds such settings.
+    Raises UserError for an unknown kind. The result is not finite where D = 0: `y` then does not determine `to`, as the
+    kind x0 does not determine x1 at sigma = 0. `build.check_settings` refuses settings for which this happens.
     """
     if kind == to:
         return y
-    (p, q), (p_to, q_to) = choose(PREDICTIONS, kind, c=c), choose(PREDICTIONS, to, c=c)
-    on_xt, on_y = p_to * q - q_to * p, c.alpha * q_to - c.sigma * p_to
-    return (on_xt * xt + on_y * y) / (c.alpha * q - c.sigma * p)
+    (p, q), (p_to, q_to) = look_up(PREDICTIONS, kind)(c), look_up(PREDICTIONS, to)(c)
+    xt_factor, y_factor = p_to * q - q_to * p, c.alpha * q_to - c.sigma * p_to
+    return (xt_factor * xt + y_factor * y) / (c.alpha * q - c.sigma * p)
 
 
 def error_factor(c: Coefs, kind: str) -> Tensor:
-    """(|p| + |q|) / |D|. If a prediction of this kind is off by a share e of its size, the x0 made of it is off by e sigma times this
-    factor, and the x1 by e alpha times this."""
-    p, q = choose(PREDICTIONS, kind, c=c)
+    """How much a conversion of this kind enlarges the network's error: (|p| + |q|) / |D|, in the shape of `c`.
+
+    If the prediction has the relative error e, the x0 computed from it has an error of e sigma times this factor, and
+    the x1 one of e alpha times this factor.
+    """
+    p, q = look_up(PREDICTIONS, kind)(c)
     return (p.abs() + q.abs()) / (c.alpha * q - c.sigma * p).abs()
 
 
 class Preconditioned(nn.Module):
-    """A network that sees its input at unit variance, c_in xt, and c_noise = log(sigma / alpha) / 4 in place of t.
+    """Calls the network with its input scaled to unit variance, c_in xt, and c_noise = log(sigma / alpha) / 4 for t.
 
-    (Karras et al. 2022, table 1 and eq. 7, for any alpha and sigma.) With the prediction `edm`, whose row holds c_skip and c_out,
-    this is EDM's whole preconditioning. It is called as the network is: (xt, t, label).
+    (Karras et al. 2022, table 1 and eq. 7, for any alpha and sigma.) This and the prediction `edm`, whose row holds
+    c_skip and c_out, are EDM's whole preconditioning. Its arguments are those of the network: (xt, t, label).
     """
 
     def __init__(self, net: nn.Module, process: Process):
@@ -71,35 +77,45 @@ class Preconditioned(nn.Module):
         return self.net(append_dims(c.variance.rsqrt(), xt.ndim) * xt, -c.log_snr / 8, label)
 
 
-def likelihood_weight(c: Coefs, x0_error) -> Tensor:
-    """g^2 / 2 for the error of the score: the integrand of the bound on the likelihood (Song et al. 2021, "Maximum Likelihood Training",
-    theorem 1)."""
-    return x0_error() * c.delta * (c.alpha / c.sigma**2) ** 2
+def likelihood_weight(c: Coefs, x0_error_factor) -> Tensor:
+    """The weight g^2 / 2 of the squared error of the score, which gives the bound on the likelihood.
+
+    (Song et al. 2021, "Maximum Likelihood Training", theorem 1.) The squared error of the score is (alpha / sigma^2)^2
+    times that of x0.
+    """
+    return x0_error_factor() * c.delta * (c.alpha / c.sigma**2) ** 2
 
 
-# The weight of a time in the loss, for the squared error of x0, which is `x0_error()` times that of the target.
+# The factor by which the loss multiplies the squared error of the target, at coefficients c. The papers weigh the
+# squared error of x0: that is `x0_error_factor()` times the squared error of the target.
 LOSS_WEIGHTINGS = {
-    # the squared error of the target, as it is
+    # leaves the squared error of the target as it is
     "none": lambda c: torch.ones_like(c.sigma),
     # min(SNR, gamma) (Hang et al. 2023, "Min-SNR Weighting", section 3.4)
-    "min_snr": lambda c, x0_error, min_snr_gamma: x0_error() * c.log_snr.exp().clamp(max=min_snr_gamma),
-    # lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, with sigma / alpha for sigma (Karras et al. 2022, table 1)
-    "edm": lambda c, x0_error: x0_error() * c.variance / (c.sigma * c.sigma_data) ** 2,
+    "min_snr": lambda c, x0_error_factor, min_snr_gamma: x0_error_factor() * c.log_snr.exp().clamp(max=min_snr_gamma),
+    # lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, where EDM's sigma is sigma / alpha here (Karras
+    # et al. 2022, table 1)
+    "edm": lambda c, x0_error_factor: x0_error_factor() * c.variance / (c.sigma * c.sigma_data) ** 2,
     "likelihood": likelihood_weight,
-    # the same with a factor sigmoid(bias - log SNR) (Kingma & Gao 2023, "Understanding Diffusion Objectives", section 5)
-    "sigmoid": lambda c, x0_error, sigmoid_bias: likelihood_weight(c, x0_error) * torch.sigmoid(sigmoid_bias - c.log_snr),
+    # that of `likelihood` times sigmoid(bias - log SNR) (Kingma & Gao 2023, "Understanding Diffusion Objectives",
+    # section 5)
+    "sigmoid": lambda c, x0_error_factor, sigmoid_bias:
+        likelihood_weight(c, x0_error_factor) * torch.sigmoid(sigmoid_bias - c.log_snr),
 }
 
 
 def loss_weight(c: Coefs, loss_weighting: str, target_type: str, **settings) -> Tensor:
-    """The factor of the squared error of a target of this kind, in the shape of `c`.
+    """The factor by which the loss multiplies the squared error of a target of kind `target_type`, in the shape of `c`.
 
-    But for `none`, the loss does not depend on `target_type`: its error is read as an error of x0, which D and sigma give.
-    `settings` are arguments of the weighting; others are passed over. Raises UserError for an unknown name.
+    `none` gives 1: the loss is the squared error of the target. Every other weighting is defined for the squared error
+    of x0, which is (sigma / D)^2 times that of the target. So these losses do not depend on `target_type`. `settings`
+    may hold arguments of the weighting, such as min_snr_gamma; others are ignored. Raises UserError for an unknown
+    name.
     """
 
-    def x0_error():
-        p, q = choose(PREDICTIONS, target_type, c=c)
+    def x0_error_factor():
+        p, q = look_up(PREDICTIONS, target_type)(c)
         return (c.sigma / (c.alpha * q - c.sigma * p)) ** 2
 
-    return choose(LOSS_WEIGHTINGS, loss_weighting, c=c, x0_error=x0_error, **settings)
+    return call_with_settings(look_up(LOSS_WEIGHTINGS, loss_weighting),
+                              {**settings, "c": c, "x0_error_factor": x0_error_factor})

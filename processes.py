@@ -1,10 +1,12 @@
-"""Processes that turn data into noise: xt = alpha(t) x0 + sigma(t) x1, with x0 data, x1 ~ N(0, I), and t from 0 (data) to 1 (noise).
+"""Processes turn data into noise: xt = alpha(t) x0 + sigma(t) x1, with t from 0 (data) to 1 (noise).
 
-A process is alpha and sigma, each taking t of any shape to the same shape, and their derivatives in t; a class that gives none
-gets them by automatic differentiation. All else follows in `Coefs`. The linear SDE dx = f x dt + g dW has the marginals of xt when
-f = alpha_dot / alpha and g^2 = 2 delta with delta = sigma sigma_dot - f sigma^2 (Lu et al. 2022, "DPM-Solver", section 2.1).
+x0 is a data point, and x1 ~ N(0, I). A process is two functions, alpha and sigma: each takes t of any shape and returns
+the same shape. Their derivatives in t come from automatic differentiation, unless the class has formulas for them.
+`Coefs` derives everything else. The linear SDE dx = f x dt + g dW has the marginals of xt when f = alpha_dot / alpha
+and g^2 = 2 delta, with delta = sigma sigma_dot - f sigma^2 (Lu et al. 2022, "DPM-Solver", section 2.1).
 
-To add a process, write a class of two formulas and give it a row in PROCESSES. Its `__init__` may name settings of config.py.
+To add a process, write a class with two formulas and give it a row in PROCESSES. An argument of its `__init__` that has
+the name of a setting of config.py gets that setting.
 """
 
 import math
@@ -13,17 +15,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils import UserError, append_dims, choose, invert
+from utils import UserError, append_dims, call_with_settings, invert, look_up
 
 
 class Coefs(NamedTuple):
-    """alpha, sigma and their derivatives at some times, and what follows from them; `sigma_data` is the data's standard deviation."""
+    """alpha, sigma and their derivatives at some times, and what follows from them.
+
+    `sigma_data` is the standard deviation of the data.
+    """
 
     alpha: Tensor
     sigma: Tensor
     alpha_dot: Tensor
     sigma_dot: Tensor
-    half_g2: Tensor | None = None  # delta itself, of a process that knows it better than by its formula
+    half_g2: Tensor | None = None  # delta, where the process has a better formula for it than the general one
     sigma_data: float = 0.5
 
     @property
@@ -33,12 +38,12 @@ class Coefs(NamedTuple):
 
     @property
     def delta(self) -> Tensor:
-        """g^2 / 2: the forward drift is velocity + delta score, the reverse drift velocity - delta score."""
+        """g^2 / 2. The forward SDE has the drift velocity + delta score, the reverse SDE velocity - delta score."""
         return self.half_g2 if self.half_g2 is not None else self.sigma * self.sigma_dot - self.f * self.sigma**2
 
     @property
     def g(self) -> Tensor:
-        """Noise of the forward SDE dx = f x dt + g dW."""
+        """Diffusion coefficient of the forward SDE dx = f x dt + g dW."""
         return (2 * self.delta).sqrt()
 
     @property
@@ -53,13 +58,14 @@ class Coefs(NamedTuple):
 
 
 class Process:
-    """Base class. A subclass gives alpha and sigma, and the derivatives and the inverse if it wants them exact to the last digit, or fast.
+    """Base class: a subclass defines alpha and sigma.
 
-    Who overrides alpha or sigma of another process overrides these as well.
+    It may also define alpha_dot, sigma_dot and `inverse`, to have them exact to the last digit, or faster. A class that
+    changes the alpha or sigma of another process must redefine these and `half_g2` as well: else it inherits them.
     """
 
     sigma_data = 0.5  # standard deviation of the data, for EDM's preconditioning and weighting; `make_process` sets it
-    half_g2 = None  # or a method of t that gives delta where its formula is 0 times infinity
+    half_g2 = None  # or a method of t that returns delta, for a process whose general formula gives 0 times infinity
 
     def alpha(self, t: Tensor) -> Tensor:
         raise NotImplementedError
@@ -76,10 +82,10 @@ class Process:
     def coefs(self, t: Tensor, ndim: int = 1) -> Coefs:
         """The coefficients at t (B,), shaped to multiply a batch of `ndim` dimensions."""
         functions = self.alpha, self.sigma, self.alpha_dot, self.sigma_dot, self.half_g2
-        return Coefs(*(c and append_dims(c(t), ndim) for c in functions), self.sigma_data)
+        return Coefs(*(function and append_dims(function(t), ndim) for function in functions), self.sigma_data)
 
     def at(self, time: float) -> Coefs:
-        """The coefficients at one time: scalars in float64 on the CPU, which multiply a tensor of any type on any device."""
+        """The coefficients at one time: float64 scalars on the CPU. They multiply tensors of any type and device."""
         return self.coefs(torch.tensor(time, dtype=torch.float64), ndim=0)
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -87,11 +93,17 @@ class Process:
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def time(self, log_snr: Tensor) -> Tensor:
-        """The t in [0, 1] of these log(alpha^2 / sigma^2), in float64; the nearer end for those that no t has."""
-        return self.inverse(log_snr.double().clamp(-600, 600)).clamp(0, 1)  # exp(600) is finite
+        """The t in [0, 1] at which log(alpha^2 / sigma^2) has these values, in their shape, in float64.
+
+        For a value that it does not take in [0, 1], this is the nearer end, 0 or 1.
+        """
+        return self.inverse(log_snr.double().clamp(-600, 600)).clamp(0, 1)  # exp(600) is finite in float64
 
     def inverse(self, log_snr: Tensor) -> Tensor:
-        """The t of a finite log_snr, of any value where there is none in [0, 1]: by bisection, for a class that has no formula."""
+        """The t at which log(alpha^2 / sigma^2) has these values, which are finite: by bisection.
+
+        A class that has a formula overrides this. A formula may also give a t outside [0, 1].
+        """
         return invert(self.log_snr, log_snr, 0.0, 1.0)
 
     def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
@@ -101,14 +113,20 @@ class Process:
 
 
 class FromFunctions(Process):
-    """The process of any two functions of t: FromFunctions(lambda t: 1 - t**2, lambda t: t). They map tensors by torch's operations."""
+    """A process made of two functions of t, such as FromFunctions(lambda t: 1 - t**2, lambda t: t).
+
+    Both take a tensor and return one of the same shape, by operations of torch.
+    """
 
     def __init__(self, alpha, sigma):
         self.alpha, self.sigma = alpha, sigma
 
 
 class RectifiedFlow(Process):
-    """Straight lines (Liu et al. 2022, "Flow Straight and Fast", eq. 1; Lipman et al. 2022, eq. 20 with sigma_min = 0)."""
+    """Straight lines, alpha = 1 - t and sigma = t.
+
+    (Liu et al. 2022, "Flow Straight and Fast", eq. 1; Lipman et al. 2022, eq. 20 with sigma_min = 0.)
+    """
 
     def alpha(self, t):
         return 1 - t
@@ -127,9 +145,10 @@ class RectifiedFlow(Process):
 
 
 class Cosine(Process):
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Nichol & Dhariwal 2021 with offset 0; Albergo & Vanden-Eijnden 2022, trigonometric).
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2).
 
-    cos(pi t / 2) is computed as sin(pi (1 - t) / 2): 1 - t is exact in floating point for t >= 1/2, so alpha is precise where it is small.
+    (Nichol & Dhariwal 2021 with offset 0; Albergo & Vanden-Eijnden 2022, trigonometric.) cos(pi t / 2) is computed as
+    sin(pi (1 - t) / 2). For t >= 1/2, 1 - t is exact in floating point, so alpha is precise where it is small.
     """
 
     def alpha(self, t):
@@ -149,10 +168,10 @@ class Cosine(Process):
 
 
 class LinearVP(Process):
-    """Variance preserving, with noise rate beta(t) linear in t (Song et al. 2021, "Score-Based Generative Modeling", eqs. 32 and 33).
+    """Variance preserving: alpha^2 + sigma^2 = 1, with a noise rate beta(t) that is linear in t.
 
-    log alpha = -1/2 int_0^t beta, and sigma^2 = 1 - alpha^2 = -expm1(2 log alpha): 1 - alpha^2 itself is 1.2% off in
-    float32 at t = 1e-4.
+    log alpha = -1/2 int_0^t beta (Song et al. 2021, "Score-Based Generative Modeling", eqs. 32 and 33). sigma^2 is
+    computed as -expm1(2 log alpha). In float32, 1 - alpha^2 would be 1.2% off at t = 1e-4.
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
@@ -183,14 +202,18 @@ class LinearVP(Process):
         return self.inverse_log_alpha(torch.log1p((-log_snr).exp()) / 2)  # (sigma / alpha)^2 = exp(-2 log alpha) - 1
 
     def inverse_log_alpha(self, minus_log_alpha):
-        slope, constant = self.beta_max - self.beta_min, self.beta_min  # slope t^2 / 4 + constant t / 2 = -log alpha, where slope may be 0
+        # solves slope t^2 / 4 + constant t / 2 = -log alpha, in the form that also holds where slope is 0
+        slope, constant = self.beta_max - self.beta_min, self.beta_min
         return 4 * minus_log_alpha / (constant + (constant**2 + 4 * slope * minus_log_alpha).sqrt())
 
 
 class SubVP(LinearVP):
-    """alpha of linear_vp, and sigma = 1 - alpha^2, the square of its sigma: less noise at every t (Song et al. 2021, section 3.4)."""
+    """alpha is that of linear_vp; sigma = 1 - alpha^2 is the square of its sigma (Song et al. 2021, section 3.4).
 
-    half_g2 = None  # by the formula
+    So there is less noise at every t than in linear_vp.
+    """
+
+    half_g2 = None  # the general formula holds
 
     def sigma(self, t):
         return -torch.expm1(2 * self.log_alpha(t))
@@ -203,14 +226,15 @@ class SubVP(LinearVP):
 
 
 class VE(Process):
-    """x0 + sigma x1: variance exploding, sigma geometric from sigma_min at t = 0 to sigma_max at t = 1 (Song et al. 2021, appendix C).
+    """Variance exploding: xt = x0 + sigma x1, with sigma = sigma_min (sigma_max / sigma_min)^t.
 
-    Raises UserError for a sigma_min of 0, from which nothing grows geometrically.
+    (Song et al. 2021, appendix C.) Raises UserError unless sigma_min > 0: geometric growth cannot start from 0.
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
         if not sigma_min > 0:
-            raise UserError(f"sigma_min {sigma_min}: process ve needs more than 0; use --sigma_min 0.002, or --process ve_linear")
+            raise UserError(
+                f"sigma_min {sigma_min}: process ve needs more than 0; use --sigma_min 0.002, or --process ve_linear")
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def alpha(self, t):
@@ -230,12 +254,14 @@ class VE(Process):
 
 
 class EDM(VE):
-    """x0 + sigma x1, with sigma^(1 / rho) linear in t from sigma_min to sigma_max: equal steps of t are EDM's noise levels
-    (Karras et al. 2022, "Elucidating the Design Space", eq. 5 with i / (N - 1) = 1 - t).
+    """xt = x0 + sigma x1, with sigma^(1 / rho) linear in t: equal steps of t give EDM's noise levels.
 
-    Quarters of t then share the noise levels well, for training times and for curves of the loss. But a sampler steps along straight
-    lines in t, and a warped t bends what is nearly straight in sigma: by 18 levels Heun's error is four times that of EDM's own
-    sampler, which is `ve_linear` with `--grid edm`, of the same levels and the same cost.
+    sigma is sigma_min at t = 0 and sigma_max at t = 1 (Karras et al. 2022, "Elucidating the Design Space", eq. 5, where
+    i / (N - 1) = 1 - t). Each quarter of [0, 1] holds a fair part of the noise levels. This suits training times, and
+    curves of the loss over t. For sampling, `ve_linear` with `--grid edm` is better: that is EDM's own sampler, with
+    the same levels at the same cost. The reason is that a sampler's steps are straight lines in t. The paths to the
+    data are nearly straight as functions of sigma, but curved as functions of this t: with 18 levels, Heun's error is
+    four times larger.
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
@@ -243,7 +269,7 @@ class EDM(VE):
 
     def root(self, t):
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return low + (high - low) * t, high - low  # sigma^(1 / rho) and its derivative
+        return low + (high - low) * t, high - low  # sigma^(1 / rho) and its derivative in t
 
     def sigma(self, t):
         return self.root(t)[0] ** self.rho
@@ -258,19 +284,26 @@ class EDM(VE):
 
 
 class LinearVE(EDM):
-    """x0 + sigma x1, with sigma linear in t from sigma_min to sigma_max: EDM's own sigma(t) = t, rescaled (Karras et al. 2022, table 1)."""
+    """xt = x0 + sigma x1, with sigma linear in t, from sigma_min to sigma_max.
+
+    This is EDM's own sigma(t) = t, rescaled to t in [0, 1] (Karras et al. 2022, table 1).
+    """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
         super().__init__(sigma_min, sigma_max, rho=1.0)
 
 
 PROCESSES = {
-    "rf": RectifiedFlow, "cosine": Cosine, "linear_vp": LinearVP, "sub_vp": SubVP, "ve": VE, "ve_linear": LinearVE, "edm": EDM,
+    "rf": RectifiedFlow, "cosine": Cosine, "linear_vp": LinearVP, "sub_vp": SubVP, "ve": VE, "ve_linear": LinearVE,
+    "edm": EDM,
 }
 
 
 def make_process(process: str, sigma_data: float = 0.5, **settings) -> Process:
-    """The process of this name, from those of `settings` that it wants. Raises UserError for an unknown name."""
-    made = choose(PROCESSES, process, **settings)
+    """The process of this name, made with those of `settings` that it has arguments for; others are ignored.
+
+    Raises UserError for an unknown name, and for settings that the process refuses.
+    """
+    made = call_with_settings(look_up(PROCESSES, process), settings)
     made.sigma_data = sigma_data
     return made

@@ -1,9 +1,12 @@
-"""How training times are drawn: `sampler(batch_size, device, generator) -> t`, shape (B,), float32, inside [T_min, T_max].
+"""Time samplers draw the times of training: `sampler(batch_size, device, generator)` returns t (B,), float32.
 
-`sampler.density(t)` is their probability density, so that 1 / ((T_max - T_min) density) is the importance weight with which any of
-them estimates the loss of uniform times without bias. The batch is the global one, so that a stratified sampler sees it whole;
-every process draws it all and takes its rows. To add one, write a class with `unit` and `unit_density` on [0, 1], and give it a row
-in TIME_SAMPLERS. Its `__init__` may name settings of config.py, and `process` for the process itself.
+All times lie in [T_min, T_max]. `sampler.density(t)` is their probability density. `sampler.importance(t)` are weights
+with which the loss at these times estimates the mean loss of uniform times, without bias. `batch_size` is that of the
+global batch, since a stratified sampler must see all of it: every rank draws all times and takes its rows.
+
+To add a time sampler, write a class with `unit` and `unit_density` on [0, 1] and give it a row in TIME_SAMPLERS. An
+argument of its `__init__` that has the name of a setting of config.py gets that setting; the argument `process` gets
+the process.
 """
 
 import math
@@ -21,16 +24,16 @@ class Uniform:
         self.T_min, self.T_max = T_min, T_max
 
     def unit(self, batch_size: int, device, generator) -> Tensor:
-        """Times on [0, 1]: what a subclass changes."""
+        """Times (B,) in [0, 1], not yet scaled to [T_min, T_max]. A subclass overrides this and `unit_density`."""
         return torch.rand(batch_size, device=device, generator=generator)
 
     def unit_density(self, u: Tensor) -> Tensor:
-        """Their density at u in [0, 1]."""
+        """The probability density of the times of `unit` at u in [0, 1]."""
         return torch.ones_like(u)
 
     def __call__(self, batch_size: int, device=None, generator: torch.Generator | None = None) -> Tensor:
         t = self.T_min + (self.T_max - self.T_min) * self.unit(batch_size, device, generator)
-        return t.float().clamp(self.T_min, self.T_max)  # rounding may step over an end by one unit in the last place
+        return t.float().clamp(self.T_min, self.T_max)  # rounding may go beyond an end by one unit in the last place
 
     def density(self, t: Tensor) -> Tensor:
         """Probability density at t (B,) in [T_min, T_max]."""
@@ -38,16 +41,20 @@ class Uniform:
         return self.unit_density(((t - self.T_min) / length).clamp(0, 1)) / length
 
     def importance(self, t: Tensor) -> Tensor:
-        """Density of uniform times over this one's: with these weights the mean loss is that of uniform times.
+        """Importance weight of t (B,): the density of uniform times over the density of this sampler.
 
-        Those of logit_normal, of edm_log_normal, and of beta with a or b of 2 or more, have no finite variance: a rare time near an
-        end weighs much, with edm_log_normal on rf up to 7e12.
+        The mean of a loss with these weights estimates its mean over uniform times, without bias. The weights of
+        logit_normal, of edm_log_normal, and of beta with a or b of 2 or more have infinite variance: times near an end
+        are rare and have very large weights, with edm_log_normal on rf up to 7e12.
         """
         return 1 / ((self.T_max - self.T_min) * self.density(t))
 
 
 class Stratified(Uniform):
-    """Uniform, with one time in each of B equal intervals, in random order (Kingma et al. 2021, appendix I.1, who shift one grid)."""
+    """One uniform time in each of B equal intervals, in random order.
+
+    (Kingma et al. 2021, appendix I.1, instead shift a grid of times by one random number.)
+    """
 
     def unit(self, batch_size, device, generator):
         cell = torch.randperm(batch_size, device=device, generator=generator)
@@ -55,18 +62,23 @@ class Stratified(Uniform):
 
 
 def normal_density(z: Tensor) -> Tensor:
+    """The density of N(0, 1) at z."""
     return torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
 
 
 def inside(u: Tensor) -> Tensor:
-    """u moved off the ends of [0, 1] by what float32 cannot tell, where a density is infinite or 0 / 0."""
+    """u in float64, at least 1e-8 away from 0 and 1, where a density may be infinite or 0 / 0."""
     return u.double().clamp(1e-8, 1 - 1e-8)
 
 
 class LogitNormal(Uniform):
-    """logit(t) ~ N(loc, scale^2), on [0, 1] and then scaled to [T_min, T_max] (Esser et al. 2024, "Scaling Rectified Flow", eq. 19)."""
+    """logit(t) ~ N(loc, scale^2) on [0, 1], and then scaled to [T_min, T_max].
 
-    def __init__(self, T_min: float = 0.0, T_max: float = 1.0, logit_normal_loc: float = 0.0, logit_normal_scale: float = 1.0):
+    (Esser et al. 2024, "Scaling Rectified Flow", eq. 19.)
+    """
+
+    def __init__(self, T_min: float = 0.0, T_max: float = 1.0, logit_normal_loc: float = 0.0,
+                 logit_normal_scale: float = 1.0):
         super().__init__(T_min, T_max)
         self.loc, self.scale = logit_normal_loc, logit_normal_scale
 
@@ -87,23 +99,25 @@ class Beta(Uniform):
         self.a, self.b = time_beta_a, time_beta_b
 
     def unit(self, batch_size, device, generator):
-        # what torch.distributions calls, without a generator
-        x, y = (torch._standard_gamma(shape, generator=generator) for shape in self.shapes(torch.empty(batch_size, device=device)))
+        # torch.distributions.Beta calls this function too, but accepts no generator
+        x, y = (torch._standard_gamma(shape, generator=generator)
+                for shape in self.shapes(torch.empty(batch_size, device=device)))
         return x / (x + y)
 
     def shapes(self, like):
-        """a and b, in the shape and on the device of `like`, float64, which copies nothing to a GPU."""
+        """a and b as float64 tensors with the shape and device of `like`; nothing is copied to a GPU."""
         return [torch.full_like(like, shape, dtype=torch.float64) for shape in (self.a, self.b)]
 
     def unit_density(self, u):
-        density = torch.distributions.Beta(*self.shapes(u), validate_args=False)  # validating waits for a GPU
+        density = torch.distributions.Beta(*self.shapes(u), validate_args=False)  # validation would wait for a GPU
         return density.log_prob(inside(u)).exp().to(u.dtype)
 
 
 class Mode(Uniform):
-    """SD3's mode sampling with heavy tails, t = 1 - u - s (cos^2(pi u / 2) - 1 + u) for uniform u (Esser et al. 2024, eq. 20).
+    """SD3's mode sampling with heavy tails: t = 1 - u - s (cos^2(pi u / 2) - 1 + u) for uniform u.
 
-    s > 0 prefers the middle, s < 0 the ends; -1 <= s <= 2 / (pi - 2) keeps it monotone.
+    (Esser et al. 2024, eq. 20.) s > 0 prefers times in the middle, s < 0 those near the ends. t is a monotone function
+    of u for -1 <= s <= 2 / (pi - 2).
     """
 
     def __init__(self, T_min: float = 0.0, T_max: float = 1.0, mode_scale: float = 1.29):
@@ -120,7 +134,11 @@ class Mode(Uniform):
         return 1 + self.s * (1 - 0.5 * math.pi * torch.sin(math.pi * u))  # -map'(u)
 
     def unit_density(self, u):
-        """1 / |map'(v)| where map(v) = u: v from a table, finer at the ends, and two steps of Newton's; bisection takes longer."""
+        """1 / |map'(v)| at the v with map(v) = u.
+
+        v is found in a table that is finer at the ends, and then by two steps of Newton's method. This is faster than
+        bisection.
+        """
         table = torch.sin(0.5 * math.pi * torch.linspace(1, 0, 4097, device=u.device, dtype=torch.float64)) ** 2
         after = torch.searchsorted(self.map(table), u.double()).clamp(1, 4096)
         v = (table.take(after - 1) + table.take(after)) / 2
@@ -130,7 +148,10 @@ class Mode(Uniform):
 
 
 class CosMap(Uniform):
-    """Rectified-flow times with the log-SNR of the cosine process at uniform times (Esser et al. 2024, eq. 21)."""
+    """The times at which rectified flow has the log-SNR of the cosine process at uniform times.
+
+    (Esser et al. 2024, eq. 21.)
+    """
 
     def unit(self, batch_size, device, generator):
         u = torch.rand(batch_size, device=device, generator=generator)
@@ -141,21 +162,23 @@ class CosMap(Uniform):
 
 
 class EDMLogNormal(Uniform):
-    """log(sigma / alpha) ~ N(P_mean, P_std^2), cut to [T_min, T_max] (Karras et al. 2022, table 1, for any process).
+    """log(sigma / alpha) ~ N(P_mean, P_std^2), truncated to [T_min, T_max].
 
-    Raises UserError if nearly all of it lies outside.
+    (Karras et al. 2022, table 1, here for any process.) Raises UserError if less than 0.1% of this distribution lies in
+    [T_min, T_max].
     """
 
-    def __init__(self, process, T_min: float = 0.0, T_max: float = 1.0, edm_P_mean: float = -1.2, edm_P_std: float = 1.2):
+    def __init__(self, process, T_min: float = 0.0, T_max: float = 1.0, edm_P_mean: float = -1.2,
+                 edm_P_std: float = 1.2):
         super().__init__(T_min, T_max)
         self.process, self.mean, self.std = process, edm_P_mean, edm_P_std
         self.ends = torch.special.ndtr(torch.stack([self.normal(process.at(time)) for time in (T_min, T_max)])).tolist()
         if not self.ends[1] - self.ends[0] > 1e-3:
-            raise UserError(f"edm_P_mean {edm_P_mean} and edm_P_std {edm_P_std} put fewer than one time in 1,000 between T_min and T_max: "
-                            "use values such as -1.2 and 1.2")
+            raise UserError(f"edm_P_mean {edm_P_mean} and edm_P_std {edm_P_std} put fewer than one time in 1,000 "
+                            "between T_min and T_max: use values such as -1.2 and 1.2")
 
     def normal(self, c):
-        """What is N(0, 1) before the cut."""
+        """log(sigma / alpha), standardized: N(0, 1) before it is truncated."""
         return (-c.log_snr / 2 - self.mean) / self.std
 
     def __call__(self, batch_size, device=None, generator=None):
@@ -166,11 +189,11 @@ class EDMLogNormal(Uniform):
 
     def density(self, t):
         c = self.process.coefs(t.double())
-        by_normal = c.delta / c.sigma**2 / self.std  # the derivative of `normal` in t
-        return (normal_density(self.normal(c)) * by_normal / (self.ends[1] - self.ends[0])).to(t.dtype)
+        normal_dot = c.delta / c.sigma**2 / self.std  # the derivative of `normal` in t
+        return (normal_density(self.normal(c)) * normal_dot / (self.ends[1] - self.ends[0])).to(t.dtype)
 
 
 TIME_SAMPLERS = {
-    "uniform": Uniform, "stratified": Stratified, "logit_normal": LogitNormal, "edm_log_normal": EDMLogNormal, "beta": Beta, "mode": Mode,
-    "cosmap": CosMap,
+    "uniform": Uniform, "stratified": Stratified, "logit_normal": LogitNormal, "edm_log_normal": EDMLogNormal,
+    "beta": Beta, "mode": Mode, "cosmap": CosMap,
 }

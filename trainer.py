@@ -1,13 +1,12 @@
-"""`DiffusionTrainer` puts the parts together: data, process, time sampler, prediction, network, optimizer, EMA, samplers, logging.
+"""`DiffusionTrainer` trains a network: batch, loss, gradient, step, EMA, and what happens every so many steps.
 
-A new project overrides `prepare_batch`, which says what is random in a step, or `loss`. Whatever is random in step s is drawn for
-the whole global batch as a function of (seed, s), and each process takes its rows. So losses do not depend on the number of
-processes or on accumulation, but for dropout, which also depends on these; and a run that goes on needs no random state.
+A new project overrides `prepare_batch`, which says what is random in a step, or `loss`. What is random in step s is
+drawn for the whole global batch as a function of (seed, s), and each rank takes its rows. So losses do not depend on
+the number of ranks or on accumulation, except through dropout, and a run that resumes needs no random state.
 """
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import time
@@ -15,133 +14,117 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import saving
-import stopping
 from build import COMPILING, TRAINING_STEPS, autocast, build, compiles, draw_all, formatted, make_time_sampler
-from config import MAY_CHANGE, Config
+from command_line import Stopped, deferred_signals, signal_name, stop_requested
+from config import Config, marks
 from couplings import COUPLINGS
-from data_utils import Batches, Dataset, spread_labels
+from data_utils import Batches, Dataset, examples, spread_labels
+from distributed import StopAgreement, gather_rows, on_rank0, print0, rank, share, world_size
 from ema import EMA
-from logging_utils import Logger, image_grid, scatter_plot
-from metrics import Judge
+from logging_utils import Logger, picture_of
 from optimizers import learning_rate, load_moments, make_optimizer, take_step
 from prediction import convert, loss_weight, target
-from utils import (
-    RowNoise,
-    UserError,
-    append_dims,
-    call,
-    complain,
-    gather_rows,
-    make_seed,
-    mean_flat,
-    on_rank0,
-    print0,
-    rank,
-    seed_torch,
-    share,
-    world_size,
-    write_atomically,
-)
+from utils import RowNoise, UserError, append_dims, call_with_settings, make_seed, mean_flat, seed_torch, warn
 
 RETRY_SECONDS = (1, 2, 4, 8)  # between attempts to write the last checkpoint
 
 
 class Batch(NamedTuple):
-    """What a training step needs: x0 and x1 (B, ...), t (B,), weight (B,) of each loss in the mean, label (B,) int64 or None."""
+    """What a training step needs; `importance` is the weight of each loss in the mean, 1 without importance weights."""
 
-    x0: Tensor
-    x1: Tensor
-    t: Tensor
-    weight: Tensor
-    label: Tensor | None
+    x0: Tensor  # (B, ...) data
+    x1: Tensor  # (B, ...) noise
+    t: Tensor  # (B,)
+    importance: Tensor  # (B,)
+    label: Tensor | None  # (B,) int64
 
-    def rows(self, mine: slice) -> "Batch":
-        """Some of its rows."""
-        return Batch(*(None if x is None else x[mine] for x in self))
+    def rows(self, rows: slice) -> "Batch":
+        return Batch(*(None if x is None else x[rows] for x in self))
 
     def split(self, parts: int) -> list["Batch"]:
-        """The batch in parts along its rows, alike in length to one row."""
-        if parts == 1:
-            return [self]
-        chunks = [[None] * parts if x is None else x.tensor_split(parts) for x in self]
-        return [Batch(*part) for part in zip(*chunks)]
+        """The batch in parts along its rows, equal in length up to one row."""
+        return [Batch(*part) for part in zip(*([None] * parts if x is None else x.tensor_split(parts) for x in self))]
+
+
+def means(rows: Tensor) -> dict[str, float]:
+    """Mean loss, also by quarter of t, and gradient norm, from a `window`, without steps that are not finite.
+
+    The sums are exact, so that they do not depend on the order of the rows, and thus not on the number of ranks.
+    """
+    norm, t, loss, importance = rows[rows[:, 0].isfinite()].T
+    quarter = (4 * t).long().clamp(0, 3)
+    parts = {"loss": importance * loss, "grad_norm": norm}
+    parts |= {f"loss_t_{i / 4:.2f}_{(i + 1) / 4:.2f}": loss[quarter == i] for i in range(4)}
+    return {name: math.fsum(values.tolist()) / len(values) for name, values in parts.items() if len(values)}
 
 
 class DiffusionTrainer:
-    """Trains, watches and saves one run. Every process of the run makes one and calls `train`."""
+    """Trains, watches and saves one run. Every rank makes one and calls `train`."""
 
     draw = staticmethod(draw_all)  # samples of a network, also for sample.py and evaluate.py
 
     def __init__(self, config: Config, dataset: Dataset, device: torch.device):
-        self.set_parts(config, dataset, device, *build(config, dataset.spec, device))
-        settings = dataclasses.asdict(config)
+        """What a batch and its loss need. `open_run` adds what training needs."""
+        self.config, self.dataset, self.spec, self.device = config, dataset, dataset.spec, device
+        self.process, self.net = build(config, self.spec, device)
+        # The network as it is trained, wrapped; self.net stays plain, for checkpoints, EMA and sampling.
+        self.ddp = self.forward = self.net
+        self.time_sampler = make_time_sampler(config, self.process)
+        self.batches = Batches(dataset, config.batch_size, config.seed)
+        self.own_rows = share(config.batch_size)  # of the global batch
+        self.folder = None  # of the run, once it is open
+
+    def open_run(self) -> None:
+        """Opens the folder of the run, and resumes it if there is a checkpoint. All ranks must call it."""
+        config, device, self.folder = self.config, self.device, os.path.join(self.config.ckpt_dir, self.config.run_name)
         self.optimizer = make_optimizer(self.net, config.weight_decay)
         self.ema = EMA(self.net, config.ema_decay)
         self.step = 0  # steps taken
-        self.sums = torch.zeros(11, device=device)  # since the last line of metrics, see `track`
-        self.norms = []  # of the gradients, since they were last looked at
+        # Gradient norm, t, loss and importance of this rank's rows since the last line of metrics; norms not yet seen
+        self.window, self.norms = [torch.zeros(0, 4, device=device)], []
         self.skipped = 0  # steps in a row until now that were not finite
-        self.saved = None  # step of the last checkpoint
-        self.unsaved = False  # the last attempt to write one failed
-        self.judge = None  # made when it is first needed
+        self.saved_step, self.save_failed = None, False  # of the last checkpoint
+        self.evaluator = self.logger = None  # the first is made when it is needed, the second on rank 0 alone
 
-        self.folder = os.path.join(config.ckpt_dir, config.run_name)
         parameters = sum(p.numel() for p in self.net.parameters())
-        print0(f"{len(dataset.data):,} items of shape {self.spec.shape}, {config.network} of {parameters:,} parameters")
-        if on_rank0(lambda: saving.open_run(self.folder, settings, dataclasses.asdict(Config()), MAY_CHANGE)):
-            self.restore()
-        self.logger = None  # only rank 0 has one
+        print0(f"{len(self.dataset.data):,} items of shape {self.spec.shape}, {config.network} of {parameters:,} "
+               "parameters")
+        may_change = {name for name, found in marks(Config).items() if "may change" in found}
+        if path := on_rank0(lambda: saving.open_run(self.folder, vars(config), vars(Config()), may_change)):
+            self.restore(path)
         on_rank0(self.start_logger)
         if world_size() > 1:
-            self.ddp = self.forward = DistributedDataParallel(
-                self.net, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
-            )
+            device_ids = [device.index] if device.type == "cuda" else None
+            self.ddp = self.forward = DistributedDataParallel(self.net, device_ids, gradient_as_bucket_view=True)
         if compiles(config, device, math.inf if config.compile else config.num_training_steps, TRAINING_STEPS):
             print0(COMPILING)
             self.forward = torch.compile(self.ddp, mode=config.compile_mode)
 
-    def set_parts(self, config: Config, dataset: Dataset, device: torch.device, process, net) -> None:
-        """What a batch and its loss need."""
-        self.config, self.dataset, self.spec, self.device = config, dataset, dataset.spec, device
-        self.process, self.net = process, net
-        # The network as it is trained, wrapped; self.net stays plain, for checkpoints, EMA and sampling.
-        self.ddp = self.forward = net
-        self.time_sampler = make_time_sampler(config, process)
-        self.batches = Batches(dataset, config.batch_size, config.seed)
-        self.rows = share(config.batch_size)  # of the global batch
-
-    @classmethod
-    def only_loss(cls, *parts) -> "DiffusionTrainer":
-        """One without a run, made by `set_parts`: `prepare_batch` and `loss` can be called. evaluate.py takes the loss of a checkpoint."""
-        self = cls.__new__(cls)
-        self.set_parts(*parts)
-        return self
-
     def start_logger(self) -> None:
         c = self.config
-        self.logger = Logger(self.folder, dataclasses.asdict(c), c.wandb, c.wandb_project, self.step, c.num_training_steps)
+        self.logger = Logger(self.folder, vars(c), c.wandb, c.wandb_project, self.step, c.num_training_steps)
 
     # ---- The two methods that a new project overrides
 
     def prepare_batch(self, step: int) -> Batch:
-        """This process's rows of the global batch of `step`, everything random in them a function of (seed, step)."""
+        """This rank's rows of the global batch of `step`, everything random in them a function of (seed, step)."""
         config = self.config
-        coupling = COUPLINGS[config.coupling]  # if there is one, it looks at all rows
-        rows = range(config.batch_size) if coupling else self.rows
-        mine = slice(rows.start, rows.stop)
-        data, label = self.batches(self.data_step(step), mine)
-        x0, label = self.spec.encode(self.to_device(data)), self.to_device(label) if config.class_conditional else None
+        coupling = COUPLINGS[config.coupling]  # needs all rows
+        rows = range(config.batch_size) if coupling else self.own_rows
+        rows_of = slice(rows.start, rows.stop)
+        data, label = self.batches(self.data_step(step), rows_of)
+        x0 = self.spec.encode(self.to_device(data))
+        label = self.to_device(label) if config.class_conditional else None
         generator = torch.Generator(self.device).manual_seed(make_seed(config.seed, "step", step))
 
-        def uniform():  # for the global batch, of which the rows are taken
-            return torch.rand(config.batch_size, device=self.device, generator=generator)[mine]
+        def uniform():  # numbers for the global batch, of which the rows are taken
+            return torch.rand(config.batch_size, device=self.device, generator=generator)[rows_of]
 
-        t = self.time_sampler(config.batch_size, self.device, generator)[mine]
+        t = self.time_sampler(config.batch_size, self.device, generator)[rows_of]
         if self.spec.is_image and config.random_flip:
             x0 = torch.where(append_dims(uniform() < 0.5, x0.ndim), x0.flip(-1), x0)
         x1 = RowNoise(rows, self.spec.shape, self.device, config.seed, "noise", step)()
@@ -149,47 +132,51 @@ class DiffusionTrainer:
             x1 = x1[coupling(x0, x1, label)]
         if config.class_conditional:
             label = label.masked_fill(uniform() < config.label_dropout, self.spec.num_classes)
-        weight = self.time_sampler.importance(t) if config.importance_weights else torch.ones_like(t)
-        batch = Batch(x0, x1, t, weight, label)
-        return batch.rows(slice(self.rows.start, self.rows.stop)) if coupling else batch
-
-    def data_step(self, step: int) -> int:
-        """The step whose items `step` takes."""
-        return 0 if self.config.overfit_one_batch else step
+        importance = self.time_sampler.importance(t) if config.importance_weights else torch.ones_like(t)
+        batch = Batch(x0, x1, t, importance, label)
+        return batch.rows(slice(self.own_rows.start, self.own_rows.stop)) if coupling else batch
 
     def loss(self, batch: Batch) -> Tensor:
-        """The loss of each sample, (B,), float32: the squared error of the prediction, read as target_type, mean over pixels, weighted."""
+        """The weighted squared error of each prediction, read as target_type, mean over pixels: (B,) float32."""
         config = self.config
         c = self.process.coefs(batch.t, batch.x0.ndim)
         xt = c.alpha * batch.x0 + c.sigma * batch.x1
         with autocast(config, self.device):
             out = self.forward(formatted(config, xt), batch.t, batch.label)
         prediction = convert(out.float(), xt, c, config.model_type, config.target_type)
-        weight = loss_weight(c=c, **vars(config)).flatten()
+        weight = call_with_settings(loss_weight, vars(config), c=c).flatten()
         return weight * mean_flat((prediction - target(config.target_type, c, batch.x0, batch.x1)) ** 2)
 
     # ---- Training
 
     def train(self) -> None:
-        """Trains up to num_training_steps, from where the run stands. If a signal asks for it, writes a checkpoint and raises Stopped."""
-        if self.step >= self.config.num_training_steps:
-            print0(f"{self.folder} is trained already, to step {self.step}: raise --num_training_steps, or choose another --run_name")
+        """Trains up to num_training_steps. After a signal it writes a checkpoint and raises Stopped."""
+        if not self.folder:
+            self.open_run()
+        config, folder = self.config, self.folder
+        if self.step >= config.num_training_steps:
+            print0(f"{folder} is trained already, to step {self.step}: raise --num_training_steps, or choose another "
+                   "--run_name")
         elif self.step == 0 and self.spec.is_image:  # a scatter plot of samples shows the data already
-            self.attempt(self.show_data)
-        with stopping.hold():
-            if self.step and self.due(self.config.sample_every) and on_rank0(self.lacks_pictures):  # the run ended before they were drawn
+            with self.failures_reported():
+                on_rank0(self.show_data)
+        with deferred_signals():
+            # what a kill prevented after the last checkpoint
+            if self.step and self.due(config.sample_every) and not on_rank0(self.has_pictures):
                 self.sample()
-            if self.step and self.evaluation_is_due() and on_rank0(lambda: not self.logger.evaluated(self.step)):
+            if self.step and self.evaluation_is_due() and not on_rank0(lambda: self.logger.evaluated(self.step)):
                 self.evaluate()
-            stop = self.loop(self.config.num_training_steps)
+            number = self.loop(config.num_training_steps)
             self.save_for_good()
-            on_rank0(self.end)
-        if stop:
-            raise stopping.Stopped(f"{stopping.name(stop)} at step {self.step}, with a checkpoint")
+            on_rank0(self.logger.finish if self.logger else None)
+        if number:
+            raise Stopped(f"{signal_name(number)} at step {self.step}, with a checkpoint")
+        print0(f"samples     {self.picture_path('ema', config.sampler)}\ncheckpoint  {folder}/{saving.LAST}\n"
+               f"log         {folder}/metrics.jsonl, and curves.png beside it")
 
     def loop(self, until: int) -> int:
-        """The training loop, up to step `until`. The number of the signal that stopped it, or 0 at its end."""
-        config, agreed, stop = self.config, stopping.Agreement(), 0
+        """The training loop, up to step `until`. Returns the number of the signal that stopped it, or 0."""
+        config, agreement, stop = self.config, StopAgreement(), 0
         self.net.train()
         self.restart_clock()
         while self.step < until:
@@ -200,24 +187,26 @@ class DiffusionTrainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
 
-            # gradient, in parts; processes exchange it once, in the last part
-            parts, sums = batch.split(config.accumulation_steps), torch.zeros_like(self.sums)
+            # gradient, in parts; ranks exchange it once, in the last part
+            parts, losses = batch.split(config.accumulation_steps), []
             for i, part in enumerate(parts):
-                with self.ddp.no_sync() if world_size() > 1 and i < len(parts) - 1 else contextlib.nullcontext():
-                    losses = self.loss(part)
-                    loss = (part.weight * losses).sum() * world_size() / config.batch_size  # of which DDP takes the mean over processes
-                    loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))  # so that all processes learn of one that is not
-                self.track(sums, losses.detach(), part)
+                exchange = world_size() == 1 or i == len(parts) - 1
+                with contextlib.nullcontext() if exchange else self.ddp.no_sync():
+                    part_losses = self.loss(part)
+                    # DDP takes the mean over ranks; a loss that is not finite spoils the gradient of all of them
+                    loss = (part.importance * part_losses).sum() * world_size() / config.batch_size
+                    loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))
+                losses.append(part_losses.detach())
 
             # step, unless the gradient is not finite
             grad_norm = take_step(self.optimizer, config.grad_clip_norm)
             self.optimizer.zero_grad()
             self.ema.update()
-            sums[:2] = torch.stack([grad_norm, torch.ones_like(grad_norm)])
-            self.sums += torch.where(grad_norm.isfinite(), sums, 0.0)
+            rows = grad_norm.expand_as(batch.t), batch.t, torch.cat(losses), batch.importance
+            self.window.append(torch.stack(rows, dim=1))
             self.norms.append(grad_norm)
             self.step += 1
-            if self.device.type == "cpu" or self.due(config.log_every):  # a GPU would be waited for
+            if self.device.type == "cpu" or self.due(config.log_every):  # a GPU would have to be waited for
                 self.check_norms()
 
             # what happens every so many steps
@@ -225,30 +214,30 @@ class DiffusionTrainer:
                 self.logger.bar.update()
             if self.due(config.log_every):
                 self.log(rate)
-            if self.due(config.save_every) or self.due(config.milestone_every) or (self.unsaved and self.due(config.log_every)):
+            if self.due(config.save_every) or self.due(config.milestone_every) or (
+                    self.save_failed and self.due(config.log_every)):
                 self.save()
             if self.due(config.sample_every):
                 self.sample()
             if self.evaluation_is_due():
                 self.evaluate()
-            if stop := agreed(now=self.due(config.sample_every) or self.evaluation_is_due()):
+            if stop := agreement(now=self.due(config.sample_every) or self.evaluation_is_due()):
                 break
-        return agreed(now=True) or stop  # once more: the last grids may have been broken off
+        return agreement(now=True) or stop  # once more: a signal may have interrupted the last grids
 
     def due(self, every: int) -> bool:
         """Whether something is due after this step, every so many steps (0: never) and at the end."""
         return self.step == self.config.num_training_steps or (every > 0 and self.step % every == 0)
 
-    def learning_rate(self, step: int) -> float:
-        return call(learning_rate, step=step, **vars(self.config))
+    def evaluation_is_due(self) -> bool:
+        return self.config.evaluate_every > 0 and self.due(self.config.evaluate_every)
 
-    def end(self) -> None:
-        """What rank 0 does at the end of the run, or of this part of it."""
-        self.logger.finish()
-        if self.step >= self.config.num_training_steps:
-            print0(f"samples     {self.picture_path('ema', self.config.sampler)}")
-            print0(f"checkpoint  {os.path.join(self.folder, saving.LAST)}")
-            print0(f"log         {self.logger.metrics}, and curves.png beside it")
+    def learning_rate(self, step: int) -> float:
+        return call_with_settings(learning_rate, vars(self.config), step=step)
+
+    def data_step(self, step: int) -> int:
+        """The step whose items `step` takes."""
+        return 0 if self.config.overfit_one_batch else step
 
     def to_device(self, x: Tensor) -> Tensor:
         """Copies without waiting for a GPU."""
@@ -256,96 +245,71 @@ class DiffusionTrainer:
 
     # ---- Watching
 
-    def track(self, sums: Tensor, losses: Tensor, batch: Batch) -> None:
-        """Adds up, on the device, without waiting for it: gradient norm, steps, what is minimized, and loss and count by quarter of t."""
-        quarter = (4 * batch.t).long().clamp(0, 3)
-        sums[2] += (batch.weight * losses).sum()
-        sums[3:7].scatter_add_(0, quarter, losses)
-        sums[7:11].scatter_add_(0, quarter, torch.ones_like(losses))
+    @contextlib.contextmanager
+    def failures_reported(self, what: str = ""):
+        """Reports a UserError within, which all ranks meet, and lets training continue."""
+        try:
+            yield
+        except UserError as error:
+            if rank() == 0 and not (what and stop_requested()):  # a signal stops drawing, and training reports it
+                warn(f"{f'no {what} at step {self.step}: ' if what else ''}{error}")
 
     def check_norms(self) -> None:
-        """Looks at the gradient norms since the last time, which waits for the device, and tells of the steps that were skipped.
+        """Looks at the gradient norms since the last call, which waits for the device, and reports skipped steps.
 
-        Raises UserError after max_skipped_steps in a row. The norms are of the whole batch, so that all processes see the same.
+        Raises UserError after max_skipped_steps in a row. The norms are of the whole batch: all ranks see the same.
         """
         norms, self.norms = torch.stack(self.norms).tolist() if self.norms else [], []
         for step, norm in enumerate(norms, self.step - len(norms)):
             self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
             if self.skipped:
-                self.tell_skipped(step, norm)
+                self.report_skipped(step, norm)
             if self.skipped == self.config.max_skipped_steps:
-                raise UserError(f"{self.skipped} steps in a row had a loss or gradient that is not finite, up to step {step}: "
-                                f"{self.folder}/skipped holds their batches, and the last checkpoint is good; lower --base_lr, or look at "
-                                "the data")
+                raise UserError(f"{self.skipped} steps in a row had a loss or gradient that is not finite, up to step "
+                                f"{step}: {self.folder}/skipped holds their batches, and the last checkpoint is good; "
+                                "lower --base_lr, or look at the data")
 
-    def tell_skipped(self, step: int, norm: float) -> None:
-        """Prints rate, times and gradient norm of a skipped step, and saves them with the indices of its batch. All processes take part."""
+    def report_skipped(self, step: int, norm: float) -> None:
+        """Prints rate, times and gradient norm of a skipped step, and saves them with the indices of its batch."""
         t = gather_rows(self.prepare_batch(step).t)
-        facts = {"learning_rate": self.learning_rate(step), "t_min": t.min().item(), "t_max": t.max().item(), "grad_norm": norm}
+        facts = {"learning_rate": self.learning_rate(step), "t_min": t.min().item(), "t_max": t.max().item(),
+                 "grad_norm": norm}
 
-        def tell():
-            text = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
-            complain(f"step {step} has a loss or gradient that is not finite, and is skipped: {text}")
+        def report():
+            warn(f"step {step} has a loss or gradient that is not finite, and is skipped: "
+                 + ", ".join(f"{name} {value:.4g}" for name, value in facts.items()))
             content = {"step": step, **facts, "indices": self.batches.indices(self.data_step(step)).tolist()}
-            os.makedirs(os.path.join(self.folder, "skipped"), exist_ok=True)
-            path = os.path.join(self.folder, "skipped", f"step_{step:07d}.json")
-            write_atomically(path, json.dumps(content))
+            saving.write_json(os.path.join(self.folder, "skipped", f"step_{step:07d}.json"), content)
 
-        self.attempt(tell)
-
-    def attempt(self, work) -> bool:
-        """Whether `work()` went well on rank 0; if not, it says why, and training goes on."""
-        try:
-            on_rank0(work)
-        except UserError as error:
-            if rank() == 0:
-                complain(str(error))
-            return False
-        return True
+        with self.failures_reported():
+            on_rank0(report)
 
     def restart_clock(self) -> None:
         self.clock, self.clock_step = time.perf_counter(), self.step
 
     def log(self, rate: float) -> None:
-        """One line of metrics: means over the steps since the last one. Waits for the device, and then reads the clock."""
-        sums = self.sums.clone()
-        if world_size() > 1:
-            dist.all_reduce(sums[2:])
-        grad_norm, steps, loss, *by_quarter = sums.tolist()
-        seconds = time.perf_counter() - self.clock
-        images = (self.step - self.clock_step) * self.config.batch_size
-        values = {"loss": loss / sum(by_quarter[4:]), "grad_norm": grad_norm / steps} if steps else {}  # all were skipped
-        values |= {
-            "learning_rate": rate,
-            "images_per_second": images / seconds,
-            "epoch": self.step * self.config.batch_size / len(self.dataset.data),
-        }
-        for i, (total, count) in enumerate(zip(by_quarter[:4], by_quarter[4:])):
-            if count:
-                values[f"loss_t_{i / 4:.2f}_{(i + 1) / 4:.2f}"] = total / count
-        self.attempt(lambda: self.logger.log(self.step, values))
-        self.sums.zero_()
+        """One line of metrics: means over the steps since the last one. Waits for the device, then reads the clock."""
+        rows, self.window = gather_rows(torch.cat(self.window)), self.window[:1]
+        items = (self.step - self.clock_step) * self.config.batch_size
+        values = {**means(rows), "learning_rate": rate, "images_per_second": items / (time.perf_counter() - self.clock),
+                  "epoch": self.step * self.config.batch_size / len(self.dataset.data)}
+        with self.failures_reported():
+            on_rank0(lambda: self.logger.log(self.step, values))
         self.restart_clock()
 
-    def picture(self, points: Tensor):
-        """Samples or data, uint8 images or vectors -> a picture: a grid, by class if these are few, a class a column, or a scatter plot."""
-        if not self.spec.is_image:
-            return scatter_plot(points, self.dataset.data[:2000])
+    def picture(self, items: Tensor):
+        """A picture of samples or data: a grid of images, by class if these are few, or a scatter plot of points."""
         few = self.config.class_conditional and self.spec.num_classes <= 16
-        return image_grid(points, self.spec.num_classes if few else max(1, round(len(points) ** 0.5)))
+        columns = self.spec.num_classes if few else max(1, round(len(items) ** 0.5))
+        return picture_of(items, self.dataset.data[:2000], columns)
 
     def show_data(self) -> None:
-        """Saves a picture of real data, to lay beside the samples: the one batch to overfit, or the classes in turn, as in the grids."""
-        data, classes = self.dataset.data, self.spec.num_classes
-        by_class = [np.arange(len(data))]
-        if self.config.overfit_one_batch:
-            by_class = [self.batches.indices(0)]
-        elif classes:
-            by_class = [np.flatnonzero(self.dataset.labels == k) for k in range(min(classes, self.config.num_samples))]
-        blank = np.zeros(self.spec.shape, data.dtype)  # for a label that no item has
-        shown = [(by_class[i % len(by_class)], i // len(by_class)) for i in range(self.config.num_samples)]
-        images = np.stack([data[of[n % len(of)]] if len(of) else blank for of, n in shown])
-        self.logger.picture(self.step, "real", self.picture(torch.from_numpy(images)), os.path.join(self.folder, "real.png"))
+        """Saves a picture of real data, laid out as the samples; with overfit_one_batch, of that batch."""
+        n = self.config.num_samples
+        rows = np.resize(self.batches.indices(0), n) if self.config.overfit_one_batch else examples(self.dataset, n)
+        images = torch.from_numpy(self.dataset.data[rows])
+        images[rows < 0] = 0
+        self.logger.picture(self.step, "real", self.picture(images), os.path.join(self.folder, "real.png"))
 
     def grids(self) -> list[tuple[str, str]]:
         """Weights and sampler of each grid."""
@@ -355,116 +319,100 @@ class DiffusionTrainer:
     def picture_path(self, weights: str, sampler: str) -> str:
         return os.path.join(self.folder, "samples", f"{weights}_{sampler}_{self.step:07d}.png")
 
-    def lacks_pictures(self) -> bool:
-        return not all(os.path.exists(self.picture_path(*grid)) for grid in self.grids())
+    def has_pictures(self) -> bool:
+        return all(os.path.exists(self.picture_path(*grid)) for grid in self.grids())
+
+    def samples(self, weights: str, sampler: str, num: int, labels: Tensor | None) -> Tensor:
+        net = self.net if weights == "raw" else self.ema.net
+        return self.draw(self.config, self.spec, self.process, net, self.device, rows=range(num), labels=labels,
+                         sampler=sampler, together=True)[0]
 
     def sample(self) -> None:
-        """Grids by the ODE and the SDE sampler, of raw and EMA weights; the same noise and labels in every grid of a run.
+        """Grids by both samplers, of raw and EMA weights, with the same noise and labels in all grids of a run.
 
-        All processes take part, each with its share of the rows. A grid that cannot be drawn is told of, and training goes on; a
-        signal breaks off the drawing.
+        Each rank draws its share of the rows. A signal stops the drawing.
         """
-        c = self.config
-        labels = torch.arange(c.num_samples) % self.spec.num_classes if c.class_conditional else None
+        config = self.config
+        labels = torch.arange(config.num_samples) % self.spec.num_classes if config.class_conditional else None
         self.net.eval()
         for weights, sampler in self.grids():
-            net = self.net if weights == "raw" else self.ema.net
-            try:
-                samples, _ = self.draw(c, self.spec, self.process, net, self.device, rows=range(c.num_samples), labels=labels,
-                                       sampler=sampler, together=True)
-            except UserError as error:
-                if rank() == 0 and not stopping.asked():
-                    complain(f"no grid of {weights} weights by {sampler} at step {self.step}: {error}")
-                continue
-            self.attempt(lambda grid=(weights, sampler), samples=samples: self.logger.picture(
-                self.step, "_".join(grid), self.picture(samples), self.picture_path(*grid)))
-        self.attempt(lambda: self.logger.curves())
+            with self.failures_reported(f"grid of {weights} weights by {sampler}"):
+                samples = self.samples(weights, sampler, config.num_samples, labels)
+                on_rank0(lambda grid=(weights, sampler), samples=samples: self.logger.picture(
+                    self.step, "_".join(grid), self.picture(samples), self.picture_path(*grid)))
+        self.draw_curves()
         self.net.train()
         self.restart_clock()
 
-    def evaluation_is_due(self) -> bool:
-        """Whether samples are to be judged after this step: every so many, and at the end, unless the settings say never."""
-        return self.config.evaluate_every > 0 and self.due(self.config.evaluate_every)
-
     def evaluate(self) -> None:
-        """A line of metrics of samples of the EMA weights against the training split. All processes take part.
+        """A line of metrics of samples of the EMA weights against the training split. A signal stops it."""
+        from metrics import Evaluator
 
-        If it cannot be done, that is told of, and training goes on; a signal breaks it off.
-        """
-        c = self.config
-        labels = spread_labels(self.dataset.labels, c.evaluation_samples) if c.class_conditional else None
-        try:
-            self.judge = self.judge or Judge(self.dataset, {"train": self.dataset}, self.device)
-            samples, _ = self.draw(c, self.spec, self.process, self.ema.net, self.device, rows=range(c.evaluation_samples), labels=labels,
-                                   sampler=c.sampler, together=True)
-            values = self.judge(samples, labels)
-            self.attempt(lambda: self.logger.log(self.step, values, kind="evaluation"))
-            self.attempt(lambda: self.logger.curves())
-        except UserError as error:
-            if rank() == 0 and not stopping.asked():
-                complain(f"no evaluation at step {self.step}: {error}")
+        config = self.config
+        labels = spread_labels(self.dataset.labels, config.evaluation_samples) if config.class_conditional else None
+        with self.failures_reported("evaluation"):
+            self.evaluator = self.evaluator or Evaluator(self.dataset, {"train": self.dataset}, self.device)
+            values = self.evaluator(self.samples("ema", config.sampler, config.evaluation_samples, labels), labels)
+            on_rank0(lambda: self.logger.log(self.step, values, kind="evaluation"))
+        self.draw_curves()
         self.restart_clock()
+
+    def draw_curves(self) -> None:
+        with self.failures_reported():
+            on_rank0(lambda: self.logger.curves())
 
     # ---- Saving
 
     def state(self) -> dict:
-        """Everything that a run needs to go on, in plain containers."""
+        """Everything that a run needs to resume, in plain containers."""
         return {
             "step": self.step,
             "net": self.net.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "sums": gather_rows(self.sums[None]),  # (processes, 11)
+            "window": gather_rows(torch.cat(self.window)),
             "skipped": self.skipped,
-            "config": saving.plain(dataclasses.asdict(self.config)),
+            "config": saving.plain(vars(self.config)),
             "data": saving.plain(dataclasses.asdict(self.spec)),
         }
 
     def save(self) -> bool:
-        """Writes a checkpoint, unless this step has one, on rank 0; whether it is there. If not, the next line of metrics tries again."""
+        """Writes a checkpoint on rank 0, unless this step has one. Returns whether it is there."""
         self.check_norms()
-        if self.saved != self.step:
-            state = self.state()
+        if self.saved_step != self.step:
+            state, self.save_failed = self.state(), True
 
             def write():
                 self.logger.write_lines(sync=True)  # no checkpoint without the metrics up to it
                 saving.save(self.folder, state, self.config.keep_checkpoints, self.config.milestone_every)
 
-            self.unsaved = not self.attempt(write)
-            self.saved = self.saved if self.unsaved else self.step
+            with self.failures_reported():
+                on_rank0(write)
+                self.save_failed, self.saved_step = False, self.step
             self.restart_clock()
-        return not self.unsaved
+        return not self.save_failed
 
     def save_for_good(self) -> None:
         """Writes the last checkpoint of this part of the run, in several attempts. Raises UserError if all fail."""
-        for seconds in (*RETRY_SECONDS, None):
+        for seconds in (*RETRY_SECONDS, 0):
             if self.save():
                 return
-            if seconds:
-                time.sleep(seconds)
-        raise UserError(f"the checkpoint of step {self.step} cannot be written; make room, and the same command goes on from that of step "
-                        f"{self.saved}, or from the start if there is none")
+            time.sleep(seconds)
+        raise UserError(f"the checkpoint of step {self.step} cannot be written; make room, and the same command "
+                        f"resumes from that of step {self.saved_step}, or from the start if there is none")
 
-    def restore(self) -> None:
-        """Takes up the run where its newest checkpoint left it; rank 0 says which one that is."""
-        found = []
-        path = on_rank0(lambda: found.append(saving.load_newest(self.folder)) or found[0][1])
-        state = found[0][0] if found else saving.load(path)
-        there, here = state["data"], saving.plain(dataclasses.asdict(self.spec))
-        for name, mine in here.items():
-            theirs = there[name]
-            if np.shape(theirs) != np.shape(mine) or not np.allclose(theirs, mine, rtol=1e-5):  # other machines may round a mean otherwise
-                raise UserError(f"{path} is of other data, {name} {theirs}, not {mine}: give it those, or another --run_name")
+    def restore(self, path: str) -> None:
+        """Resumes the run from a checkpoint."""
+        state = saving.load(path)
+        saving.check_data(path, state["data"], dataclasses.asdict(self.spec))
         saving.restore(self.net, state["net"], path)
         self.ema.load_state_dict(state["ema"])
         load_moments(self.optimizer, state["optimizer"])
-        self.step = self.saved = state["step"]
-        self.skipped, sums = state["skipped"], state["sums"]
-        if len(sums) != world_size():  # another number of processes: what was added up goes to rank 0
-            sums = torch.cat([sums[0, :2], sums[:, 2:].sum(0)]).expand(world_size(), -1).clone()
-            sums[1:, 2:] = 0
-        self.sums = sums[rank()].to(self.device)
-        print0(f"going on with {self.folder} from step {self.step}")
+        self.step = self.saved_step = state["step"]
+        self.skipped = state["skipped"]
+        if rank() == 0:  # old checkpoints have none
+            self.window.append(state.get("window", self.window[0]).to(self.device))
+        print0(f"resuming {self.folder} from step {self.step}")
 
 
 # What the setting `trainer` can name; training, sampling, evaluation and benchmark take the class from here.

@@ -1,8 +1,11 @@
-"""A U-Net for images: net(xt, t, label) -> output, both (B, C, H, W), with t (B,) in [0, 1] and label (B,) int64 or None.
+"""A U-Net for images: `net(xt, t, label)` maps xt (B, C, H, W) to an output of the same shape.
 
-The network of Ho et al. 2020 (DDPM) with the residual blocks of Dhariwal & Nichol 2021 (ADM): time and label scale and shift
-the second norm of each block, there is self-attention at chosen resolutions, and the last layer of each block, of each
-attention and of the network starts at zero. Label `num_classes` means "no label", as does None.
+t is (B,) in [0, 1], and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. This is
+the network of Ho et al. 2020 (DDPM) with the residual blocks of Dhariwal & Nichol 2021 (ADM). Time and label scale and
+shift the output of the second norm of each block. Chosen resolutions have self-attention. The last layers of each
+block, of each attention and of the network start at zero.
+
+To use another network, write a class with the same call, and give it a row in NETWORKS of build.py.
 """
 
 import math
@@ -13,7 +16,10 @@ from torch import Tensor, nn
 
 
 class GroupNorm(nn.GroupNorm):
-    """As many groups as divide the channels, 32 at most, of at least 4 channels each; in float32, as autocast has it on a GPU."""
+    """Group norm in float32, as autocast has it on a GPU. It has as many groups as divide the channels, but at most 32.
+
+    A group has at least 4 channels, unless the network has fewer.
+    """
 
     def __init__(self, channels: int):
         super().__init__(next(g for g in range(min(32, max(channels // 4, 1)), 0, -1) if channels % g == 0), channels)
@@ -23,14 +29,17 @@ class GroupNorm(nn.GroupNorm):
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """The module with all parameters at zero, so that its branch starts as nothing."""
+    """Sets all parameters of the module to zero, so that its branch adds nothing at the start; returns the module."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def time_features(t: Tensor, dim: int) -> Tensor:
-    """(B,) -> (B, dim): cosines and sines of 1000 t at geometric frequencies from 1 towards 1e-4 (Vaswani et al. 2017, section 3.5)."""
+    """(B,) -> (B, dim): cosines and sines of 1000 t at geometric frequencies, from 1 down to nearly 1e-4.
+
+    (Vaswani et al. 2017, section 3.5.)
+    """
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = 1000 * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -54,16 +63,16 @@ class Conditioning(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU with a quarter of the random numbers, of which torch draws one after the other: 16 bits decide on an element.
+    """nn.Dropout, made faster on a CPU, where drawing random numbers takes long, since torch draws them one by one.
 
-    So p is rounded to a multiple of 2^-16 there.
+    One 64-bit number decides about four elements, by 16 bits each. This rounds p to a multiple of 2^-16, on a CPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or self.p == 0 or not self.training or torch.compiler.is_compiling():
             return super().forward(x)
         bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        dropped = round(2**16 * self.p)  # of the 2^16 values
+        dropped = round(2**16 * self.p)  # of the 2^16 values of an int16, which begin at -2^15
         keep = bits.as_strided(x.shape, torch.empty_like(x).stride()) >= dropped - 2**15
         return x * keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
@@ -88,13 +97,14 @@ class ResBlock(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, all (B, heads, N, d)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 1024:  # torch's kernel takes three times as long there
+    # here torch's own kernel takes three times as long
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 1024:
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels, in heads of 64 channels, or of the next larger number that divides them."""
+    """Self-attention over the pixels, in heads of 64 channels, or of the next larger number that divides `channels`."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -105,7 +115,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, C // self.heads)  # a view of channels_last
+        # a view, if x is in channels_last
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, C // self.heads)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, heads, H * W, C / heads)
         h = attend(q, k, v).transpose(1, 2).reshape(B, H, W, C)
         return x + self.out(h.permute(0, 3, 1, 2))
@@ -130,7 +141,7 @@ class Upsample(nn.Module):
 
 
 class Layers(nn.ModuleList):
-    """Layers in a row that all read the conditioning vector."""
+    """Layers that are called one after the other, each with the conditioning vector."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
@@ -139,10 +150,11 @@ class Layers(nn.ModuleList):
 
 
 class UNet(nn.Module):
-    """The U-Net.
+    """The U-Net. `data_shape` is (C, H, W), with H and W divisible by 2^(number of channel_mults - 1).
 
-    `data_shape` is (C, H, W), with H and W divisible by 2 for every resolution but the first; `attention_resolutions` are
-    heights in pixels. `num_classes` 0 makes a network that ignores labels. Raises ValueError for sides that do not divide.
+    Each channel_mult is one resolution: its blocks have channel_mult * model_channels channels, and the next resolution
+    has half the height and width. `attention_resolutions` are heights in pixels. A network with `num_classes` 0 ignores
+    labels. Raises ValueError for data that are no images, sides that do not divide, and heights that do not occur.
     """
 
     def __init__(self, data_shape: tuple[int, int, int], num_classes: int = 0, model_channels: int = 128,
@@ -154,12 +166,13 @@ class UNet(nn.Module):
         C, H, W = data_shape
         halvings = 2 ** (len(channel_mults) - 1)
         if H % halvings or W % halvings:
-            raise ValueError(f"unet halves {H} x {W} images {len(channel_mults) - 1} times: use fewer --channel_mults, or sides "
-                             f"divisible by {halvings}")
+            raise ValueError(f"unet halves {H} x {W} images {len(channel_mults) - 1} times: use fewer --channel_mults, "
+                             f"or sides divisible by {halvings}")
         sides = [H // 2**level for level in range(len(channel_mults))]
         if not set(attention_resolutions) <= set(sides):
-            raise ValueError(f"attention_resolutions {' '.join(map(str, attention_resolutions))}: unet has {H} x {W} images at heights "
-                             f"{' '.join(map(str, sides))}: choose among these (no number after --attention_resolutions: none)")
+            raise ValueError(
+                f"attention_resolutions {' '.join(map(str, attention_resolutions))}: unet has {H} x {W} images "
+                f"at heights {' '.join(map(str, sides))}: choose from these, or give no number for no attention")
         emb_dim = 4 * model_channels
         self.conditioning = Conditioning(2 * (model_channels // 2), emb_dim, num_classes)
 

@@ -1,18 +1,25 @@
-"""What the tests share: exact Gaussian data, tiny settings, and a way to run the scripts as a user does."""
+"""What the tests share: exact Gaussian data, tiny settings, and a way to run the scripts as a user does.
 
+pytest-xdist runs several tests at once (`addopts` in pyproject.toml); `-s` or `-n 0` runs one at a time.
+"""
+
+import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as run.sh has it: on a busy machine the tests are else several times slower
-os.environ["WANDB_MODE"] = "disabled"  # a start of wandb takes a second; its own tests set another
-GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # for the one test that wants a GPU; the others compare float32 on the CPU, everywhere
+os.environ["OMP_NUM_THREADS"] = "1"  # several tests run at once; and sums are compared bit for bit
+os.environ["WANDB_MODE"] = "disabled"  # a start of wandb takes a second; the tests of wandb set another
+GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # for the one test on a GPU; all others compare float32 on the CPU
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-PATIENCE = 600  # seconds until a test takes what it waits for to hang: ten times what the longest of them takes on an idle machine
+PATIENCE = 600  # seconds until a test counts as hung: ten times what the longest takes on an idle machine
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "WANDB_API_KEY"):
     os.environ.pop(name, None)
 
@@ -20,6 +27,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import data_utils  # noqa: E402
+import main  # noqa: E402
 from config import PRESETS, Config  # noqa: E402
 from data_utils import load_dataset  # noqa: E402
 from oracle import GaussianMixture  # noqa: E402
@@ -29,7 +37,22 @@ from trainer import DiffusionTrainer  # noqa: E402
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also train the digits preset whole, for a minute")
-    parser.addoption("--faults-long", action="store_true", help="also kill runs at 30 random moments, for some ten minutes")
+    parser.addoption("--faults-long", action="store_true", help="also kill runs at 30 random moments, for 10 minutes")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """`-s` shows what tests print: they then run in this process, one after the other."""
+    if config.option.capture == "no":
+        config.option.numprocesses = 0
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that share a fixture of their module run on one worker. Those with files, which take longest, run first."""
+    for item in items:
+        if any(fixture[-1].scope == "module" for fixture in item._fixtureinfo.name2fixturedefs.values()):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+    items.sort(key=lambda item: "tmp_path" not in item.fixturenames)
 
 
 def gaussian(process, kind="velocity", dims=1, mean=0.7, std=0.5) -> GaussianMixture:
@@ -44,8 +67,8 @@ def process(request):
 
 def tiny(tmp_path, **changes) -> Config:
     """The digits preset, made so small that a step takes milliseconds."""
-    settings = dict(model_channels=8, batch_size=16, num_training_steps=4, warmup_steps=2, sampling_steps=2, num_samples=10, log_every=1,
-                    sample_every=0, save_every=0, evaluate_every=0, ckpt_dir=str(tmp_path))
+    settings = dict(model_channels=8, batch_size=16, num_training_steps=4, warmup_steps=2, sampling_steps=2,
+                    num_samples=10, log_every=1, sample_every=0, save_every=0, evaluate_every=0, ckpt_dir=str(tmp_path))
     return Config(**{**PRESETS["digits"], **settings, **changes})
 
 
@@ -54,17 +77,24 @@ def digits():
     return load_dataset("digits")
 
 
-@pytest.fixture(scope="module")
-def own_cache(tmp_path_factory):
-    """Classifiers and statistics go to a folder of the tests."""
-    before, data_utils.CACHE = data_utils.CACHE, str(tmp_path_factory.mktemp("cache"))
-    yield
-    data_utils.CACHE = before
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory, worker_id):
+    """A folder of this session that all workers of pytest-xdist share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder if worker_id == "master" else folder.parent
+
+
+@pytest.fixture
+def without_curves(monkeypatch):
+    """No picture of curves, in this process and its forks: it takes a second, nearly all the time of a tiny run."""
+    monkeypatch.setattr("logging_utils.Logger.curves", lambda self: None)
 
 
 def make(tmp_path, digits, **changes) -> DiffusionTrainer:
-    """A trainer of tiny settings, with these changes, on the CPU."""
-    return DiffusionTrainer(tiny(tmp_path, **changes), digits, torch.device("cpu"))
+    """A trainer of tiny settings, with these changes, on the CPU, with its run open."""
+    trainer = DiffusionTrainer(tiny(tmp_path, **changes), digits, torch.device("cpu"))
+    trainer.open_run()
+    return trainer
 
 
 def metrics_of(folder) -> list[dict]:
@@ -84,14 +114,62 @@ def flags(config: Config) -> list[str]:
 
 def run(*command, cwd=ROOT, timeout=PATIENCE, **environment):
     """Runs a command without a terminal; output as text in .stdout and .stderr."""
-    env = {**os.environ, "PYTHON": sys.executable, "THREADS": "1", "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, "PYTHON": sys.executable, "THREADS": "1", **environment}
     words = [sys.executable if word == "python" else str(word) for word in command]
-    return subprocess.run(words, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(words, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          timeout=timeout)
 
 
-def launch(processes: int) -> list:
-    """The words before a script that this many processes run."""
-    return ["python", ROOT / "launch.py", f"--nproc-per-node={processes}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+def launch(ranks: int) -> list:
+    """The words before a script that this many ranks run."""
+    return ["python", ROOT / "launch.py", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
+            "--rdzv-endpoint=localhost:0"]
+
+
+def run_ranks(ranks: int, config: Config, script=main.main):
+    """Runs `script(flags)` with these settings on so many ranks; output as text in .stdout and .stderr.
+
+    The ranks are forks of this process, which has imported torch already: `run` with `launch` takes seconds longer.
+    As under torchrun, an error of rank 0 ends the others.
+    """
+    import torch._dynamo  # noqa: F401  or each fork would import it
+
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = dict(WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port,
+                       TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
+    children, statuses = [], []
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        for rank in range(ranks):
+            children.append(os.fork())
+            if children[-1] == 0:
+                os.environ.update({name: str(value) for name, value in environment.items()}, RANK=str(rank))
+                run_in_fork(script, flags(config), output, errors)
+        for child in children:
+            if any(statuses):
+                os.kill(child, signal.SIGKILL)
+            statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        texts = [(file.seek(0), file.read())[1] for file in (output, errors)]
+    return subprocess.CompletedProcess(flags(config), next(filter(None, statuses), 0), *texts)
+
+
+def run_in_fork(script, arguments, output, errors):
+    """`script(arguments)`, and the end of this process, without what pytest does at its own end."""
+    atexit._clear()
+    signal.alarm(PATIENCE)
+    status = 1
+    try:
+        for file, number in ((output, 1), (errors, 2)):
+            os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        script(arguments)
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
 
 
 def assert_one_line_error(result, *words):
@@ -102,3 +180,28 @@ def assert_one_line_error(result, *words):
     assert "Traceback" not in result.stdout
     for word in words:
         assert word in lines[0], lines[0]
+
+
+# ---- What the tests of sample.py, evaluate.py and metrics.py share
+
+
+@pytest.fixture(scope="session")
+def cache_folder(shared):
+    return str(shared / "cache")
+
+
+@pytest.fixture
+def own_cache(cache_folder, monkeypatch):
+    """Classifiers and statistics go to a folder of the tests, the same in all of them: each is made once."""
+    monkeypatch.setattr(data_utils, "CACHE", cache_folder)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A conditional run on digits, whose weights are far from the start, and a run on points without labels."""
+    folder = tmp_path_factory.mktemp("runs")
+    points = dict(run_name="points", dataset="moons", class_conditional=False, network="mlp", hidden_dim=16,
+                  num_layers=1)
+    for config in (tiny(folder, num_training_steps=20, base_lr=1e-2), tiny(folder, **points)):
+        DiffusionTrainer(config, load_dataset(config.dataset), torch.device("cpu")).train()
+    return folder

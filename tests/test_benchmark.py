@@ -1,222 +1,321 @@
 """The benchmark: it measures what it says, of the network and data of its settings, and its figures fit together."""
 
+import contextlib
+import io
 import json
 import math
+import multiprocessing
 import os
-import threading
-import types
-from multiprocessing import Pipe
+import pickle
+from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, launch, make, run, tiny
+from conftest import ROOT, assert_one_line_error, launch, run, tiny
 
 import benchmark
-import build
-import measuring
-import peers
+from benchmark import bare_network, ceilings, flops_of
+from command_line import HERE
 from config import PRESETS
-from utils import native_bf16
+from data_utils import make_dataset
+from trainer import DiffusionTrainer
 
-TINY = ["--preset", "digits", "--model_channels", "8", "--batch_size", "8", "--num_samples", "4", "--sampling_steps", "4", "--rounds", "1",
-        "--seconds", "0.01", "--wandb", "disabled", "--device", "cpu", "--starting", "False"]
-
-
-def rows_of(path) -> dict:
-    return {row["what"]: row for row in json.load(open(path))["rows"]}
+TINY = ["--preset", "digits", "--model_channels", "8", "--batch_size", "8", "--num_samples", "4",
+        "--sampling_steps", "4", "--rounds", "1", "--seconds", "0.001", "--log_every", "1", "--wandb", "disabled",
+        "--device", "cpu"]
 
 
-def test_the_whole_of_it(tmp_path):
+def trainer_of(tmp_path, dataset, **changes) -> DiffusionTrainer:
+    """A trainer of tiny settings, to be measured in one round."""
+    options = benchmark.Options(**vars(tiny(tmp_path, wandb="disabled", **changes)), rounds=1, seconds=0.001)
+    trainer = DiffusionTrainer(options, dataset, torch.device("cpu"))
+    trainer.open_run()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What a run of the benchmark writes and prints."""
+    folder, printed = tmp_path_factory.mktemp("benchmark"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        benchmark.main([*TINY, "--parts", "training", "sampling", "--out", str(folder / "b.json")])
+    content = json.load(open(folder / "b.json"))
+    return {**content, "rows": {row["what"]: row for row in content["rows"]}, "printed": printed.getvalue()}
+
+
+def test_the_figures_of_training_fit_together(report, tmp_path, digits):
+    rows = report["rows"]
+    trainer, bare = rows["trainer"], rows["bare network"]
+    assert trainer["part"] == "training" and trainer["of_bare_network"] > 0 and trainer["images_per_s"] > 0
+    same = trainer_of(tmp_path, digits, batch_size=8)
+    flops = flops_of(lambda: bare_network(same)[0](same.net)) / 8
+    assert bare["GFLOP_per_s_and_rank"] == pytest.approx(bare["images_per_s"] * flops / 1e9)
+    for name in ("matrix product", "3 x 3 convolution"):
+        expected = bare["GFLOP_per_s_and_rank"] / rows[name]["GFLOP_per_s_and_rank"]
+        assert rows[name]["reached_by_the_bare_network"] == pytest.approx(expected)  # of one round, the median too
+    for name in ("batch of data, noise and times", "clipping, optimizer and EMA"):
+        assert 0 < rows[name]["of_the_step"] < 1
+    assert 0.1 < rows["peak memory"]["GiB"] < 100
+    assert "torch.compile" not in rows and "exchange of gradients, beside the backward pass" not in rows
+
+
+def test_every_sampler_is_measured_by_its_network_calls(report):
+    rows = {name: row for name, row in report["rows"].items() if row["part"] == "sampling"}
+    assert set(rows) == set(benchmark.SAMPLERS)
+    calls = {"euler": 4, "heun": 7, "midpoint": 8, "rk4": 16, "dpmpp_2m": 4, "stochastic_heun": 7}
+    assert {name: rows[name]["calls"] for name in calls} == calls
+    assert all(row["of_bare_calls"] > 0 and row["images_per_s"] > 0 for row in rows.values())
+
+
+def test_settings_and_machine_are_reported_and_nothing_is_left(report):
+    assert report["settings"]["model_channels"] == 8 and report["settings"]["bf16"] is False
+    assert report["machine"]["torch"] == torch.__version__ and report["machine"]["ranks"] == 1
+    assert "of_bare_network" in report["printed"] and "step 1/" not in report["printed"]  # the trainer's own lines
+    assert not os.path.exists(os.path.join(HERE, "ckpts", "benchmark"))
+
+
+def test_on_two_ranks(tmp_path):
     out = tmp_path / "b.json"
-    result = run("python", ROOT / "benchmark.py", *TINY, "--out", out, "--scaling", "True", "--memory_steps", "80", cwd=tmp_path)
+    result = run(*launch(2), ROOT / "benchmark.py", *TINY, "--parts", "training", "peers", "--out", out)
     assert result.returncode == 0, result.stderr
-    rows = rows_of(out)
-    trainer, bare = rows["trainer"], rows["bare network, float32"]
-    assert trainer["of_bare_network"] > 0 and trainer["images_per_s"] > 0
-    flops = rows["network, forward and backward"]["GFLOP_per_image"]
-    assert bare["GFLOP_per_s"] == pytest.approx(bare["images_per_s"] * flops)
-    for kind in ("float32", "bfloat16") if native_bf16(torch.device("cpu")) else ("float32",):
-        for ceiling in ("matrix product", "3 x 3 convolution"):
-            row = rows[f"{ceiling}, {kind}, one process"]
-            expected = rows[f"bare network, {kind}"]["GFLOP_per_s"] / row["GFLOP_per_s"]
-            assert row["reached_by_the_bare_network"] == pytest.approx(expected, rel=1e-6)  # one round: the median is that of one
-    assert {name: rows[name]["calls"] for name in ("euler", "heun", "midpoint", "rk4", "dpmpp_2m", "stochastic_heun")} == {
-        "euler": 4, "heun": 7, "midpoint": 8, "rk4": 16, "dpmpp_2m": 4, "stochastic_heun": 7}
-    assert rows["heun"]["evaluations_per_s"] == pytest.approx(7 * rows["heun"]["images_per_s"])
-    assert any("growth" in name for name in rows)
     content = json.load(open(out))
-    scaling = {row["part"]: row["exponent"] for row in content["rows"] if "exponent" in row}
-    assert set(scaling) == {"scaling with batch size", "scaling with model_channels, batch 2", "scaling with image side, batch 2",
-                            "scaling with processes"}
-    assert content["settings"]["model_channels"] == 8 and content["machine"]["torch"] == torch.__version__
-    assert "step " not in result.stdout  # the trainer's own lines
-    assert not list(tmp_path.glob("ckpts")) and not (ROOT / "ckpts" / "benchmark").exists()
-
-
-def test_what_is_emulated_is_left_out(tmp_path, monkeypatch, capsys):
-    """bfloat16 on a CPU that has none, in one line, so that nothing takes minutes."""
-    monkeypatch.setattr(measuring, "native_bf16", lambda device: False)
-    out = tmp_path / "b.json"
-    benchmark.main([*TINY, "--out", str(out), "--sampling", "False"])
-    assert capsys.readouterr().out.count("this device has no bfloat16 of its own: it is not measured\n") == 1
-    rows = rows_of(out)
-    assert "trainer" in rows and "matrix product, float32, one process" in rows and not any("bfloat16" in name for name in rows)
-    options = benchmark.Options(bf16=True)
-    assert measuring.kinds(options, torch.device("cpu")) == [False, True]  # asked for
-
-
-def test_on_two_processes(tmp_path):
-    out = tmp_path / "b.json"
-    result = run(*launch(2), ROOT / "benchmark.py", *TINY, "--out", out, "--sampling", "False")
-    assert result.returncode == 0, result.stderr
-    rows = rows_of(out)
-    assert "on 2 processes" in rows["trainer"]["part"]
+    rows = {row["what"]: row for row in content["rows"]}
+    assert content["machine"]["ranks"] == 2 and "\ntraining\n" in result.stdout and "\npeers\n" not in result.stdout
     assert 0 <= rows["exchange of gradients, beside the backward pass"]["of_the_step"] < 1
+
+
+# ---- How it is measured
 
 
 def test_the_operations_of_a_convolution_and_of_its_gradient():
     conv, x = torch.nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 8, 8, requires_grad=True)
-    assert measuring.flops_of(lambda: conv(x).sum().backward()) == 3 * 2 * (2 * 8 * 8) * 5 * 3 * 9
+    assert flops_of(lambda: conv(x).sum().backward()) == 3 * 2 * (2 * 8 * 8) * 5 * 3 * 9
 
 
-def test_the_operations_of_an_attention_and_of_one_image(tmp_path, digits):
+def test_the_operations_of_an_attention():
     q, k, v = (torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3))
     attention = torch.nn.functional.scaled_dot_product_attention
-    assert measuring.flops_of(lambda: attention(q, k, v).sum().backward()) == 6 * 2 * (2 * 3) * 16 * 16 * 8
-    bare = measuring.Bare(make(tmp_path, digits), False)
-    assert bare.flops() == measuring.flops_of(lambda: bare.backward(bare.trainer.net, rows=slice(1)))
+    assert flops_of(lambda: attention(q, k, v).sum().backward()) == 6 * 2 * (2 * 3) * 16 * 16 * 8
 
 
-def test_the_largest_batch_that_fits_to_an_eighth(tmp_path, digits, monkeypatch):
-    """On a GPU that has memory for 37 images: 32, and 4 more; nothing of it stays."""
-    trainer = make(tmp_path, digits)
-    bare, forward = measuring.Bare(trainer, False), trainer.net.forward
-
-    def limited(xt, t, label=None):
-        assert xt.is_contiguous(memory_format=torch.channels_last)
-        if len(xt) > 37:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return forward(xt, t, label)
-
-    monkeypatch.setattr(trainer.net, "forward", limited)
-    assert measuring.largest_batch(trainer, bare) == 36
-    assert len(bare.target) == 16 and all(p.grad is None for p in trainer.net.parameters())
-
-
-def test_ceilings_count_their_operations(tmp_path, digits):
-    trainer = make(tmp_path, digits)
-    for work, count in measuring.ceilings(trainer, bf16=False).values():
-        assert measuring.flops_of(work) == count
-
-
-def test_turns_measure_one_step_of_each():
-    """By works that tell seconds without taking them; the second step is the one that counts."""
+def test_functions_are_timed_alternately(monkeypatch):
+    """One step of each, by functions that take no time; the second step is the one that counts."""
     steps = []
 
-    def work(name, seconds):
-        return lambda n: steps.append((name, n)) or n * seconds * (1 if len(steps) > 1 else 100)
+    def clock(function, n):
+        function(n)
+        return n * {"a": 0.002, "b": 0.01}[steps[-1][0]]
 
-    times = measuring.in_turns({"a": work("a", 0.002), "b": work("b", 0.01)}, rounds=3, seconds=0.04)
+    monkeypatch.setattr(benchmark, "clock", clock)
+    functions = {name: lambda n, name=name: steps.append((name, n)) for name in ("a", "b")}
+    times = benchmark.time_alternately(functions, rounds=3, seconds=0.04)
     assert times == {"a": pytest.approx([0.002] * 3), "b": pytest.approx([0.01] * 3)}
-    assert measuring.ratio(times, "b", "a") == pytest.approx(5)
-    assert steps == [("a", 1), ("a", 1), ("b", 1), ("b", 1), *2 * [("a", 20), ("b", 4), ("b", 4), ("a", 20)]][:10]
+    assert benchmark.ratio(times, "b", "a") == pytest.approx(5)
+    assert steps == [("a", 1), ("a", 1), ("b", 1), ("b", 1),
+                     ("a", 20), ("b", 4), ("b", 4), ("a", 20), ("a", 20), ("b", 4)]
 
 
-def test_the_exponent_of_a_power_law():
-    assert measuring.exponent({n: 3.0 * n**1.7 for n in (8, 16, 32)}) == pytest.approx(1.7)
+def test_the_clock_includes_the_work():
+    x = torch.ones(400, 400)
+    assert benchmark.clock(benchmark.repeated(lambda: x @ x), 50) > benchmark.clock(lambda: None) > 0
 
 
-def test_scaling_of_a_network_of_ones_own(tmp_path, monkeypatch, digits):
-    """One without a width is measured against the rest."""
-    class Own(torch.nn.Conv2d):
-        def __init__(self, data_shape):
-            super().__init__(data_shape[0], data_shape[0], 3, padding=1)
-
-        def forward(self, xt, t, label=None):
-            return super().forward(xt)
-
-    monkeypatch.setitem(build.NETWORKS, "own", Own)
-    monkeypatch.setattr(measuring, "measure_processes", lambda *arguments: None)
-    options = benchmark.Options(**vars(tiny(tmp_path, network="own", class_conditional=False)), rounds=1, seconds=0.001)
-    table = benchmark.Table()
-    measuring.measure_scaling(table, options, make(tmp_path, digits, network="own", class_conditional=False))
-    assert {row["part"] for row in table.rows} == {"scaling with batch size", "scaling with image side, batch 4"}
+def test_the_bare_network_takes_steps_of_the_trainers_network(tmp_path, digits):
+    trainer = trainer_of(tmp_path, digits)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.1
+    before, average = ([p.clone() for p in net.parameters()] for net in (trainer.net, trainer.ema.net))
+    bare_network(trainer)[1]()
+    for net, old in ((trainer.net, before), (trainer.ema.net, average)):
+        assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), old))
+    assert all(p.grad is None for p in trainer.net.parameters())
 
 
-def test_a_peer_answers_with_its_operations_and_its_seconds(monkeypatch):
-    """The process that serves a peer, here in a thread and with a small peer: per image, and as many steps as asked for."""
-    steps = []
+@pytest.mark.parametrize("bf16", [False, True])
+def test_ceilings_are_of_the_networks_width_rows_and_type(tmp_path, digits, bf16):
+    works = ceilings(trainer_of(tmp_path, digits, bf16=bf16, accumulation_steps=2))
+    gradients = works["3 x 3 convolution"]()
+    assert [g.shape for g in gradients] == [(8, 8, 8, 8), (8, 8, 3, 3)]
+    assert {g.dtype for g in gradients} == {torch.bfloat16 if bf16 else torch.float32}
+
+
+def test_what_torch_compile_does_is_counted(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(benchmark, "counters", {"stats": Counter(unique_graphs=1), "graph_break": Counter(a=2, b=1)})
+    row = dict(benchmark.measure_training(trainer_of(tmp_path, digits)))["torch.compile"]
+    assert row["s_for_the_first_call"] > 0 and row["graph_breaks"] == 3 and row["recompilations"] == 0
+
+
+def test_start_is_measured_to_the_first_line(tmp_path, digits, monkeypatch):
+    """With commands that print at once; `--help` prints nothing."""
+    commands = []
+
+    class Popen:
+        def __init__(self, command, cwd, env, **pipes):
+            commands.append(command)
+            self.stdout = iter(["wandb: offline\n", "step 1/650  loss 1\n"] if command[0] == "sh" else [])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        terminate = communicate = __enter__
+
+    monkeypatch.setattr(benchmark.subprocess, "Popen", Popen)
+    empty, again, usage = (row["s"] for _, row in benchmark.measure_start(trainer_of(tmp_path, digits)))
+    assert 0 < empty < 60 and 0 < again < 60 and math.isnan(usage)
+    assert [command[:2] for command in commands[:2]] == [("sh", "run.sh")] * 2
+    assert commands[0][-1] != commands[1][-1]  # another run each time
+
+
+# ---- Peers
+
+
+class Pipe:
+    """The end of a pipe at which messages wait, and then the other end closes."""
+
+    def __init__(self, *messages):
+        self.messages, self.sent = list(messages), []
+        self.send = self.sent.append
+
+    def recv(self):
+        if not self.messages:
+            raise EOFError
+        return self.messages.pop(0)
+
+
+@pytest.mark.parametrize("as_here", [False, True])
+def test_a_peer_answers_with_its_operations_and_its_seconds(tmp_path, monkeypatch, as_here):
+    """And takes as many steps as it is told; `as_here` in bfloat16 and channels_last."""
+    nets, updates, outputs = [], [], []
 
     def small(images):
-        net = torch.nn.Conv2d(3, 4, 3)
-        return net, lambda: net(images).square().mean(), lambda: steps.append(1)
+        nets.append(torch.nn.Conv2d(3, 4, 3))
 
-    monkeypatch.setitem(peers.PEERS, "small", small)
-    here, there = Pipe()
-    arguments = (there, "small", "as it is", 2, torch.device("cpu"), torch.get_num_threads())
-    thread = threading.Thread(target=peers.serve_peer, args=arguments)
-    thread.start()
-    assert here.recv() == 2 * 2 * (30 * 30) * 4 * 3 * 9  # forward and the weights' gradient: the images want none
-    here.send(3)
-    assert here.recv() > 0 and len(steps) == 3
-    here.send(0)
-    thread.join(10)
-    assert not thread.is_alive()
+        def loss():
+            outputs.append(nets[0](images))
+            return outputs[-1].float().square().mean()
+
+        return nets[0], loss, lambda: updates.append(1)
+
+    monkeypatch.setitem(benchmark.PEERS, "small", small)
+    monkeypatch.setattr(benchmark.signal, "signal", lambda *arguments: None)
+    pipe = Pipe(3, 1)
+    benchmark.serve(pipe, "small", tiny(tmp_path, batch_size=2, bf16=True), torch.device("cpu"), as_here)
+    flops, *seconds = pipe.sent
+    assert flops == 2 * 2 * (2 * 30 * 30) * 4 * 3 * 9  # forward and the weights' gradient: the images need none
+    assert len(seconds) == 2 and min(seconds) > 0 and len(updates) == 4
+    assert outputs[0].dtype == (torch.bfloat16 if as_here else torch.float32)
+    assert nets[0].weight.is_contiguous(memory_format=torch.channels_last) == as_here
+
+
+@pytest.fixture
+def photographs():
+    return make_dataset(np.zeros((16, 3, 32, 32), np.uint8), None)
+
+
+SMALL = dict(class_conditional=False, batch_size=2)
+
+
+def test_peers_are_measured_beside_the_trainer(tmp_path, monkeypatch, photographs):
+    """By processes that answer at once: each takes as many steps as the trainer's turn asks, and is ended."""
+    pipes, ended = [], []
+
+    class Answering(Pipe):
+        def __init__(self):
+            super().__init__(1e6)
+            self.send = lambda n: self.messages.append(n)
+
+    class Process:
+        def __init__(self, target, args, daemon):
+            pipes.append(args[0])
+            assert pickle.loads(pickle.dumps(args[1:])) == args[1:]  # as a process that is spawned needs
+
+        start = join = lambda self: None
+
+        def kill(self):
+            ended.append(self)
+
+    context = SimpleNamespace(Process=Process, Pipe=lambda: (Answering(), open(os.devnull)))
+    monkeypatch.setattr(benchmark, "get_context", lambda name: context)
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: name == "torchcfm" or None)
+    rows = dict(benchmark.measure_peers(trainer_of(tmp_path, photographs, **SMALL)))
+    assert list(rows) == ["torchcfm, as it is", "torchcfm, with memory, channels_last and type as here"]
+    assert all(row["images_per_s"] > 0 and row["trainer_over_it_per_operation"] > 0 for row in rows.values())
+    assert len(ended) == 2 and all(end.closed for end in pipes)  # or a process that died would not be noticed
 
 
 @pytest.mark.parametrize("end", ["error", "death"])
-def test_a_peer_that_fails_is_told_of(monkeypatch, end, tmp_path, digits, capfd):
-    """Here every peer fails in its process, by an error or by its death; the others are measured, and this one named."""
+def test_a_peer_that_fails_is_reported(monkeypatch, end, tmp_path, photographs, capfd):
+    """Here every peer fails in its process, by an error or by its death; the benchmark continues."""
 
     def broken(images):
         os._exit(1) if end == "death" else (_ for _ in ()).throw(RuntimeError("no such kernel"))
 
-    class Forked:  # in place of a spawned process, which would not know of `broken`
-        def __init__(self, target, args, daemon):
-            self.args = args
-
-        def start(self):
-            child = os.fork()
-            if child == 0:
-                peers.PEERS["torchcfm"] = broken
-                peers.serve(*self.args)
-                os._exit(0)
-
-    monkeypatch.setattr(peers, "PEERS", {"torchcfm": broken})
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(peers, "get_context", lambda name: types.SimpleNamespace(Process=Forked, Pipe=Pipe))
-    options = types.SimpleNamespace(batch_size=2, rounds=1, seconds=0.01, bf16=False)
-    peers.measure_peers(benchmark.Table(), options, make(tmp_path, digits))
-    expected = "its process was ended" if end == "death" else "RuntimeError: no such kernel"
-    assert capfd.readouterr().out.count(f"torchcfm, as it is, cannot be measured ({expected})") == 1
+    monkeypatch.setattr(benchmark, "PEERS", {"torchcfm": broken})
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: name)
+    # a spawned process would not have `broken`
+    monkeypatch.setattr(benchmark, "get_context", lambda name: multiprocessing.get_context("fork"))
+    rows = dict(benchmark.measure_peers(trainer_of(tmp_path, photographs, **SMALL)))
+    assert rows["torchcfm, as it is: its process ended, with the error above"] == {} and len(rows) == 2
+    assert ("RuntimeError: no such kernel" in capfd.readouterr().err) == (end == "error")
 
 
-@pytest.mark.parametrize("package, name", [("torchcfm", "torchcfm"), ("denoising_diffusion_pytorch", "denoising_diffusion_pytorch")])
-def test_the_peers_train(package, name):
-    pytest.importorskip(package)
-    torch.manual_seed(0)
-    net, loss, update = peers.PEERS[name](torch.rand(1, 3, 32, 32) * 2 - 1)
-    before = [p.clone() for p in net.parameters()]
-    value = loss()
-    value.backward()
-    update()
-    assert math.isfinite(value.item()) and any(not torch.equal(a, b) for a, b in zip(before, net.parameters()))
+@pytest.mark.parametrize("name", list(benchmark.PEERS))
+def test_the_peers_train(tmp_path, monkeypatch, name):
+    pytest.importorskip(name)
+    peer, nets, before = benchmark.PEERS[name], [], []
+
+    def watched(images):
+        parts = peer(images)
+        nets.append(parts[0])
+        before.extend(p.clone() for p in parts[0].parameters())
+        return parts
+
+    monkeypatch.setitem(benchmark.PEERS, name, watched)
+    monkeypatch.setattr(benchmark.signal, "signal", lambda *arguments: None)
+    pipe = Pipe(1)
+    benchmark.serve(pipe, name, tiny(tmp_path, batch_size=1), torch.device("cpu"), as_here=False)
+    assert len(pipe.sent) == 2 and all(p.isfinite().all() for p in nets[0].parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, nets[0].parameters()))
 
 
-def test_every_preset_has_options_and_data_without_download():
+# ---- Settings and data
+
+
+def test_peers_need_photographs(tmp_path, digits, capsys):
+    assert list(benchmark.measure_peers(trainer_of(tmp_path, digits))) == []
+    assert "only for images of 3 x 32 x 32" in capsys.readouterr().out
+
+
+def test_nothing_is_downloaded(tmp_path, monkeypatch):
+    """CIFAR-10 is random pixels; other data are read, and never with download=True."""
     for preset, settings in PRESETS.items():
-        options = benchmark.Options(preset=preset, **settings)
-        if options.dataset in measuring.SHAPES:
-            assert measuring.load(options).data.shape == measuring.SHAPES[options.dataset]
+        assert benchmark.Options(preset=preset, **settings).rounds == 5
+    small = make_dataset(np.zeros((4, 1, 28, 28), np.uint8), None)
+    monkeypatch.setattr(benchmark, "load_dataset", lambda name, data_dir, image_size: small)
+    for name, shape in (("cifar10", (50_000, 3, 32, 32)), ("mnist", (4, 1, 28, 28))):
+        options = benchmark.Options(**vars(tiny(tmp_path, dataset=name, class_conditional=False, wandb="disabled")))
+        trainer = benchmark.make_trainer(options, torch.device("cpu"), str(tmp_path / name))
+        assert trainer.dataset.data.shape == shape and trainer.config.num_training_steps == 10**9
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--preset", "cifar"], ["preset", "cifar10_debug"]),
+    (["--parts", "memory"], ["parts", "sampling"]),
+    (["--wandb", "maybe"], ["wandb", "disabled"]),
     (["--rounds", "0"], ["rounds is 0"]),
     (["--seconds", "-1"], ["seconds is -1.0: expected more than 0"]),
-    (["--out", "/nowhere/b.json"], ["out is"]),
-    (["--batch", "3"], ["--batch is no setting", "--batch_size"]),
+    (["--batch", "3"], ["--batch", "--batch-size"]),
     (["--preset", "digits", "--batch_size", "2", "--accumulation_steps", "4"], ["batch_size 2 is less than 4"]),
+    (["--preset=digits", "--class_conditional", "False", "--guidance_scale", "2"], ["guidance_scale 2.0 needs labels"]),
+    ([*TINY, "--parts", "--out", "/nowhere/b.json"], ["cannot write /nowhere/b.json"]),
 ])
-def test_bad_options(flags, words):
-    assert_one_line_error(run("python", ROOT / "benchmark.py", *flags), *words)
+def test_bad_options(flags, words, capfd):
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(flags)
+    out, err = capfd.readouterr()
+    assert_one_line_error(SimpleNamespace(returncode=end.value.code, stdout=out, stderr=err), *words)

@@ -1,54 +1,64 @@
 """Everything that check.py compares with what is exact, on every process, held to its bounds."""
 
 import math
+from functools import partial
 
 import pytest
-from conftest import run
+import torch
 
-from check import CHECKS, derivative_error, float32_error, greatest, time_error
+import check
+from check import CHECKS, ORDERS, STEPS, coefficient_error, conversion_error, likelihood_error, order_error, time_error
 from processes import PROCESSES, VE, FromFunctions
+from sampling import ODE_SAMPLERS, SDE_SAMPLERS
 
 
 @pytest.mark.parametrize("name", list(CHECKS))
 def test_mathematics(process, name):
-    check, least, most = CHECKS[name]
-    value = check(process)
-    assert least <= value <= most, value
+    function, bound = CHECKS[name]
+    torch.manual_seed(0)
+    error = function(process)
+    assert error < bound, error
 
 
-def test_a_process_of_two_functions():
+def test_every_sampler_is_checked():
+    """A new one needs a row in ORDERS or STEPS of check.py."""
+    assert ORDERS.keys() | {"dopri5"} == ODE_SAMPLERS.keys() and STEPS.keys() == SDE_SAMPLERS.keys()
+
+
+@pytest.mark.parametrize("function, bound", [
+    (partial(coefficient_error, dtype=torch.float32), 1e-4), (conversion_error, 1e-9),
+    (partial(order_error, sampler="rk4"), 0.2), (likelihood_error, 1e-3),
+])
+def test_a_process_of_two_functions(function, bound):
     """Derivatives by autograd, and all that follows from them."""
-    process = FromFunctions(lambda t: 1 - t**2, lambda t: t)
-    for name in ("coefficients in float32 against float64, relative error", "every conversion against the exact prediction, relative error",
-                 "rk4: order", "log-likelihood, exact trace, there and back, nats"):
-        check, least, most = CHECKS[name]
-        assert least <= check(process) <= most, name
+    assert function(FromFunctions(lambda t: 1 - t**2, lambda t: t)) < bound
 
 
-def test_what_is_inherited_and_wrong_is_seen():
+def test_wrong_formulas_that_are_inherited_are_found():
     class Quadratic(VE):  # with the derivative and the inverse of VE
         def sigma(self, t):
             return self.sigma_min + self.sigma_max * t**2
 
-    assert derivative_error(Quadratic()) > 0.1 and time_error(Quadratic()) > 0.1
+    assert coefficient_error(Quadratic(), torch.float64) > 0.1 and time_error(Quadratic()) > 0.1
 
 
-def test_what_is_not_a_number_is_seen():
-    assert math.isnan(greatest([0.1, math.nan, 0.2])) and greatest([0.1, 0.3, 0.2]) == pytest.approx(0.3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_is_found(dtype):
+    pairs = [(torch.tensor([1.0, value]), torch.tensor([1.0, 2.0])) for value in (2.2, math.nan, 2.4)]
+    assert math.isnan(check.worst(pairs)) and check.worst(pairs[::2]) == pytest.approx(0.2)
     broken = FromFunctions(lambda t: 1 - t, lambda t: (t - 0.5).sqrt())
-    assert math.isnan(float32_error(broken)) and math.isnan(derivative_error(broken))
+    assert math.isnan(coefficient_error(broken, dtype))
 
 
-def test_the_script_prints_a_table_and_tells_what_is_wrong(tmp_path):
-    """With two checks only, of which one is wrong."""
-    script = tmp_path / "few.py"
-    script.write_text("""
-import check
-check.CHECKS = {"derivatives": (check.derivative_error, 0, 1e-10), "wrong": (lambda process: 2.0, 0, 1)}
-check.main()
-""")
-    result = run("python", script, cwd=tmp_path, PYTHONPATH=str(__import__("conftest").ROOT))
-    lines = result.stdout.splitlines()
-    assert lines[0] == f"| check | right | {' | '.join(PROCESSES)} |" and len(lines) == 4
+def test_the_script_prints_a_table_and_ends_with_what_is_wrong(tmp_path, monkeypatch, capsys):
+    """With three checks only, of which two are wrong, and a picture of one sampler."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(check, "ORDERS", {"euler": 1})
+    monkeypatch.setattr(check, "CHECKS", {"times": (time_error, 1e-9), "wrong": (lambda process: 2.0, 1.0),
+                                          "broken": (lambda process: math.nan, 1.0)})
+    with pytest.raises(SystemExit, match="error: wrong, rf: 2.0, expected < 1; .*broken, edm: nan") as end:
+        check.main()
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0] == f"| check | right | {' | '.join(PROCESSES)} |" and len(lines) == 5
+    assert "times" not in str(end.value)
     assert (tmp_path / "check.png").stat().st_size > 10_000
-    assert result.returncode == 1 and "error: wrong, rf: 2.0, expected < 1" in result.stderr and "derivatives" not in result.stderr

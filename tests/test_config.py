@@ -1,43 +1,52 @@
-"""Settings: every one has a comment and is read somewhere, presets hold only differences, contradictions are found."""
+"""Settings: one line each, which some part reads; presets hold only differences; contradictions are found."""
 
 import ast
 import dataclasses
-import inspect
+import importlib
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 
-import build
-from config import CHOICES, MAY_CHANGE, PRESETS, Config, problems
+from config import PRESETS, Config, OneOf, marks, problems
 from optimizers import learning_rate
-from prediction import LOSS_WEIGHTINGS, loss_weight
-from processes import PROCESSES, make_process
+from prediction import loss_weight
+from processes import make_process
 from sample import Options
-from sampling import GRIDS, SAMPLERS, Field, draw, make_grid
-from time_samplers import TIME_SAMPLERS
+from sampling import Field, draw, make_grid
+from utils import parameters_of
 
 NAMES = [field.name for field in dataclasses.fields(Config)]
 
 
-def read_settings():
-    """Settings that the code reads: attributes of a config, and arguments of what is called with all settings."""
-    read = set()
-    for file in ("main.py", "build.py", "trainer.py"):
-        for node in ast.walk(ast.parse((ROOT / file).read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, (ast.Name, ast.Attribute)):
-                owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
-                if owner in ("config", "c"):
-                    read.add(node.attr)
-    tables = (PROCESSES, TIME_SAMPLERS, build.NETWORKS, LOSS_WEIGHTINGS, GRIDS, SAMPLERS)
-    functions = (make_process, loss_weight, make_grid, draw, Field, learning_rate)
-    for called in (*functions, *(entry for table in tables for entry in table.values())):
-        read |= set(inspect.signature(called).parameters)
-    return read
+def readers() -> dict[str, set[str]]:
+    """For each setting the functions and classes that read it: they name it as a parameter, or as config.NAME."""
+    found = {name: set() for name in NAMES}
+    called = {f.__name__: f for f in (make_process, loss_weight, make_grid, draw, Field, learning_rate)}
+    for mark in (mark for of_one in marks(Config).values() for mark in of_one if isinstance(mark, OneOf)):
+        file, table = mark.table.split(".")
+        called |= {f"{table}[{name!r}]": entry for name, entry in getattr(importlib.import_module(file), table).items()}
+    for reader, function in called.items():
+        for name in set(NAMES) & (parameters_of(function) if function else set()):
+            found[name].add(reader)
+    for file in ("main.py", "command_line.py", "build.py", "trainer.py"):
+        for function in ast.walk(ast.parse((ROOT / file).read_text())):
+            for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
+                owner = getattr(node, "value", None)
+                name = getattr(owner, "id", getattr(owner, "attr", ""))
+                if isinstance(node, ast.Attribute) and name in ("config", "c"):
+                    found.get(node.attr, set()).add(f"{file[:-3]}.{function.name}")
+    return found
 
 
 def test_every_setting_is_read():
-    assert set(NAMES) - read_settings() == set()
+    """`python -m pytest tests/test_config.py -k is_read -s` prints who reads which setting."""
+    table = readers()
+    print("\n" + "\n".join(f"{name:24}{', '.join(sorted(found))}" for name, found in table.items()))
+    assert [name for name, found in table.items() if not found] == []
+    assert {"GRIDS['edm']", "PROCESSES['edm']"} == table["rho"]
+    assert {"trainer.loop", "trainer.prepare_batch"} <= table["batch_size"]
+    assert "trainer.loss" in table["target_type"] and "learning_rate" in table["warmup_steps"]
 
 
 def test_every_setting_has_a_type_a_default_and_a_comment():
@@ -46,20 +55,43 @@ def test_every_setting_has_a_type_a_default_and_a_comment():
         assert re.search(rf"^    {name}: .+ = .+  # \S.*\.$", source, re.M), name
 
 
+def test_a_new_setting_is_one_line(tmp_path):
+    """Its line alone brings the flag, its help, its range, the option of sample.py, and that it may change."""
+    line = '    spice: Sampling[Share[float]] = 0.25  # Spice of the samples.\n'
+    source = (ROOT / "config.py").read_text()
+    (tmp_path / "config.py").write_text(source.replace("    sampler: Sampling", line + "    sampler: Sampling"))
+    script = f"""
+import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]
+import sample
+from command_line import parse, read_config
+from config import Config, marks
+assert read_config([]).spice == 0.25 and read_config(["--spice", "0.5"]).spice == 0.5
+assert parse(sample.Options, ["--ckpt", "x"]).spice is None
+assert parse(sample.Options, ["--ckpt", "x", "--spice", "0.5"]).spice == 0.5
+assert "may change" in marks(Config)["spice"]
+read_config(sys.argv[1:])
+"""
+    shown = run("python", "-c", script, "--help", COLUMNS="200")
+    assert shown.returncode == 0 and "Spice of the samples." in shown.stdout, shown.stderr
+    assert "spice is 1.0: expected a number in [0, 1)" in run("python", "-c", script, "--spice", "1").stderr
+
+
 def test_presets_hold_only_what_differs():
-    assert set(PRESETS) == {"cifar10", "cifar10_debug", "cifar10_edm", "digits", "mnist", "fashion_mnist", "image_folder", "moons"}
+    assert {"cifar10", "digits", "moons"} <= set(PRESETS)
     for preset, settings in PRESETS.items():
         assert problems(Config(**settings), 1) == [], preset
         assert Config(**settings).run_name == preset
         assert all(value != getattr(Config(), name) for name, value in settings.items()), preset
-    assert set(CHOICES) | MAY_CHANGE <= set(NAMES)
 
 
-def test_sample_offers_every_setting_of_sampling_and_all_may_change():
+def test_sample_offers_the_settings_of_sampling_and_all_may_change():
+    offered = {name for name, found in marks(Config).items() if "sampling" in found}
     section = (ROOT / "config.py").read_text().split("# ---- Sampling")[1].split("# ---- Evaluation")[0]
     names = set(re.findall(r"^    (\w+):", section, re.M))
-    assert len(names) > 15 and names <= MAY_CHANGE
-    assert names - {"sde_sampler", "num_samples", "sampling_batch_size"} <= {field.name for field in dataclasses.fields(Options)}
+    assert len(names) > 15
+    assert names - {"sde_sampler", "num_samples", "sampling_batch_size"} == offered - {"bf16", "compile"}
+    assert offered <= {field.name for field in dataclasses.fields(Options)}
+    assert all("may change" in marks(Config)[name] for name in names)
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -74,7 +106,7 @@ def test_sample_offers_every_setting_of_sampling_and_all_may_change():
     (dict(coupling="ot_within_class"), "--class_conditional True"),
     (dict(guidance_t_min=0.6, guidance_t_max=0.3), "lower --guidance_t_min"),
     (dict(churn_min=2.0), "above churn_max 1.0"),
-    (dict(mode_scale=2.0), "from -1 to 1.75"),
+    (dict(mode_scale=2.0), "a number in [-1, 1.75]"),
     (dict(rho=0.01), "0.1 or more"),
     (dict(sde_scale=-1.0), "0 or more"),
     (dict(guidance_scale=2.0), "--class_conditional True"),
@@ -87,8 +119,8 @@ def test_sample_offers_every_setting_of_sampling_and_all_may_change():
     (dict(base_lr=float("nan")), "finite"),
     (dict(base_lr=float("inf")), "finite"),
     (dict(logit_normal_loc=float("nan")), "finite"),
-    (dict(seed=-1), "0 or more"),
-    (dict(seed=2**32), "less than 2^32"),
+    (dict(seed=-1), "[0, 4294967296)"),
+    (dict(seed=2**32), "[0, 4294967296)"),
     (dict(model_channels=1), "2 or more"),
     (dict(ckpt_dir=""), "--ckpt_dir ckpts"),
 ])
@@ -97,6 +129,6 @@ def test_contradictions_are_found(changes, words):
     assert len(found) >= 1 and words in found[0] and "\n" not in found[0]
 
 
-def test_every_process_has_a_row_for_each_part_of_the_batch():
+def test_every_rank_has_a_row_for_each_part_of_the_batch():
     assert problems(Config(batch_size=128), 3) == problems(Config(batch_size=12, accumulation_steps=4), 3) == []
-    assert "processes (3)" in problems(Config(batch_size=11, accumulation_steps=4), 3)[0]
+    assert "ranks (3)" in problems(Config(batch_size=11, accumulation_steps=4), 3)[0]

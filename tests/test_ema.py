@@ -1,4 +1,4 @@
-"""The moving average: its formula with the warm-up, buffers, and what it saves."""
+"""Tests of the moving average: its formula with the warm-up, its buffers, and the state that it saves."""
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ def test_buffers_are_copied_and_the_state_restores():
     net(torch.randn(8, 3) + 5)
     ema.update()
     assert torch.equal(ema.net.running_mean, net.running_mean) and ema.net.num_batches_tracked == 1
-    other = EMA(nn.BatchNorm1d(3), 0.9)
-    other.load_state_dict(ema.state_dict())
-    assert other.num_updates == 1 and all(torch.equal(a, b) for a, b in zip(other.net.state_dict().values(), ema.net.state_dict().values()))
+    restored_ema = EMA(nn.BatchNorm1d(3), 0.9)
+    restored_ema.load_state_dict(ema.state_dict())
+    assert restored_ema.num_updates == 1
+    for restored, saved in zip(restored_ema.net.state_dict().values(), ema.net.state_dict().values(), strict=True):
+        assert torch.equal(restored, saved)

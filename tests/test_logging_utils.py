@@ -1,4 +1,4 @@
-"""Logging: metrics.jsonl, pictures, curves, wandb offline read back, and wandb failing in every way without stopping anything."""
+"""Logging: metrics.jsonl, pictures, curves, what wandb holds, and that no failure of wandb stops a run."""
 
 import http.server
 import json
@@ -25,8 +25,11 @@ SETTINGS = {"mults": (1, 2), "bf16": None, "lr": 0.1}
 
 
 def read_wandb(folder, runs="offline-run-*"):
-    """Config and history that an offline run holds. The file: a header of 7 bytes, then blocks of 32 KiB of records, each a checksum
-    (4 bytes), a length (2), a type (1: whole, 2: first, 3: middle, 4: last part) and a protobuf."""
+    """Config and history that an offline run holds.
+
+    The file: a header of 7 bytes, then blocks of 32 KiB of records. A record is a checksum (4 bytes), a length (2),
+    a type (1: whole, 2: first, 3: middle, 4: last part) and a protobuf.
+    """
     from wandb.proto import wandb_internal_pb2
 
     config, history = {}, []
@@ -37,6 +40,8 @@ def read_wandb(folder, runs="offline-run-*"):
                 position += 32768 - position % 32768
                 continue
             length, kind = struct.unpack("<HB", content[position + 4 : position + 7])
+            if position + 7 + length > len(content):  # it is being written
+                break
             parts += content[position + 7 : position + 7 + length]
             position += 7 + length
             if kind in (1, 4):
@@ -49,7 +54,8 @@ def read_wandb(folder, runs="offline-run-*"):
 
 
 def logger(folder, mode="disabled", step=0, **changes):
-    return Logger(**{**dict(folder=str(folder), settings=SETTINGS, mode=mode, project="tests", step=step, total=10), **changes})
+    settings = dict(folder=str(folder), settings=SETTINGS, mode=mode, project="tests", step=step, total=10)
+    return Logger(**{**settings, **changes})
 
 
 def values(loss):
@@ -60,7 +66,7 @@ def lines(folder):
     return [json.loads(line) for line in open(folder / "metrics.jsonl")]
 
 
-def test_metrics_have_each_step_once_after_going_on(tmp_path, capsys):
+def test_metrics_of_a_resumed_run_have_each_step_once(tmp_path, capsys):
     log = logger(tmp_path)
     for step in (1, 2, 3):
         log.log(step, values(1 / step))
@@ -86,7 +92,7 @@ def test_only_an_evaluation_counts_as_one(tmp_path):
     assert log.evaluated(1) and not log.evaluated(2)
     assert [line["kind"] for line in lines(tmp_path)] == ["training", "spectrum", "evaluation"]
     log.curves()
-    assert Image.open(tmp_path / "curves.png").size == (2000, 600)  # six panels in rows of four
+    assert Image.open(tmp_path / "curves.png").size == (1500, 600)  # six panels in rows of three
     log.finish()
 
 
@@ -97,7 +103,7 @@ def test_pictures_and_curves(tmp_path):
     for step in range(1, 5):
         log.log(step, values(1 / step))
     log.curves()
-    assert Image.open(tmp_path / "curves.png").size == (1000, 600)
+    assert Image.open(tmp_path / "curves.png").size == (1500, 600)
     path = os.path.join(tmp_path, "samples", "x.png")
     log.picture(7, "ema_heun", image_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 2), path)
     assert Image.open(path).width >= 450
@@ -123,12 +129,14 @@ def test_scatter_plot(dimensions):
 def test_wandb_offline_holds_everything(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     os.makedirs(tmp_path / "samples")
-    for step in (0, 3):  # a run, and the same run going on
+    picture = image_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 2)
+    for step in (0, 3):  # a run, and the same run resumed
         log = logger(tmp_path, "offline", step=step)
         log.log(step + 1, values(0.5))
-        log.picture(step + 1, "real", image_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 2), os.path.join(tmp_path, "real.png"))
+        log.picture(step + 1, "real", picture, os.path.join(tmp_path, "real.png"))
         log.finish()
-        time.sleep(1)  # wandb names its folders by the second
+        for folder in (tmp_path / "wandb").glob("offline-run-*_*"):  # named by the second, which may be the same
+            folder.rename(folder.with_name(f"offline-run-{step}-{folder.name.split('-')[-1]}"))
     config, history = read_wandb(tmp_path)
     assert config["mults"] == [1, 2] and config["bf16"] is None and config["lr"] == 0.1 and set(SETTINGS) <= set(config)
     assert [h["loss"] for h in history if "loss" in h] == [0.5, 0.5]
@@ -162,7 +170,8 @@ class NotFound(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def servers():
     """Addresses: one that refuses, one that accepts and never answers, one that answers."""
-    silent, answering = socket.create_server(("127.0.0.1", 0)), http.server.ThreadingHTTPServer(("127.0.0.1", 0), NotFound)
+    silent = socket.create_server(("127.0.0.1", 0))
+    answering = http.server.ThreadingHTTPServer(("127.0.0.1", 0), NotFound)
     threading.Thread(target=answering.serve_forever, daemon=True).start()
     ports = {"refuses": 9, "silent": silent.getsockname()[1], "answers": answering.server_port}
     yield {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
@@ -180,7 +189,8 @@ def servers():
 def test_online_without_key_or_server_becomes_offline_in_one_line(tmp_path, servers, server, key, words):
     """Offline with one line of notice, within 30 s on an idle machine."""
     start = time.monotonic()
-    environment = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_MODE": "online", "WANDB_BASE_URL": servers[server]}
+    environment = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_MODE": "online",
+                   "WANDB_BASE_URL": servers[server]}
     result = run("python", "-c", ONLINE, ROOT, tmp_path, **environment, **({"WANDB_API_KEY": key} if key else {}))
     assert result.returncode == 0 and time.monotonic() - start < PATIENCE / 2, result.stderr
     (line,) = result.stderr.splitlines()
@@ -191,26 +201,29 @@ def test_online_without_key_or_server_becomes_offline_in_one_line(tmp_path, serv
 
 def test_a_mode_of_the_environment(tmp_path, monkeypatch, capsys):
     """It holds where there is no setting: the command line wins."""
-    for environment, setting, expected in (("disabled", None, "disabled"), ("", None, "online"), ("online", "disabled", "disabled"),
-                                           ("disabled", "offline", "offline"), ("garbage", "disabled", "disabled")):
+    for environment, setting, expected in (
+            ("disabled", None, "disabled"), ("", None, "online"), ("online", "disabled", "disabled"),
+            ("disabled", "offline", "offline"), ("garbage", "disabled", "disabled")):
         monkeypatch.setenv("WANDB_MODE", environment)
         assert wandb_mode(setting) == expected and capsys.readouterr().err == ""
     assert wandb_mode(None) == "offline"
-    assert capsys.readouterr().err == "wandb: WANDB_MODE 'garbage' is not known: expected online, offline or disabled; taking offline\n"
+    expected = "wandb: WANDB_MODE 'garbage' is not known: expected online, offline or disabled; taking offline\n"
+    assert capsys.readouterr().err == expected
     monkeypatch.setenv("WANDB_MODE", "online")
     assert logger(tmp_path, "disabled").run is None
 
 
 MIDDLE = """
 import os, pathlib, sys, time; sys.path.insert(0, sys.argv[1])
+import wandb
 from logging_utils import Logger
-folder = pathlib.Path(sys.argv[2])
+folder, settings = pathlib.Path(sys.argv[2]), wandb.Settings
+wandb.Settings = lambda **limits: settings(**{**limits, "finish_timeout": limits["finish_timeout"] / 5})
 os.makedirs(folder / "run", exist_ok=True)
 log = Logger(str(folder / "run"), {}, sys.argv[3], "tests", 0, 10)
 for step in range(1, 40):
     log.log(step, dict(loss=1.0, grad_norm=1.0, learning_rate=1.0, images_per_second=1.0))
     if step == 20:
-        time.sleep(1.5)
         (folder / "ready").touch()
         while not (folder / "go").exists():
             time.sleep(0.05)
@@ -219,14 +232,18 @@ print("finished", flush=True)
 """
 
 
+def wait_for(ready):
+    deadline = time.monotonic() + PATIENCE
+    while not ready() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def break_in_the_middle(folder, mode, breaks, **environment):
-    """Logs 39 steps, with `breaks(process)` called after the 20th; what it said, and the seconds from the break to the end."""
+    """Logs 39 steps, and calls `breaks(process)` after the 20th. Returns stderr, and the seconds from then on."""
     environment = {**os.environ, "HOME": str(folder), "NETRC": str(folder / "none"), "WANDB_MODE": mode, **environment}
-    with subprocess.Popen([sys.executable, "-c", MIDDLE, ROOT, folder, mode], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True, env=environment) as process:
-        deadline = time.monotonic() + PATIENCE
-        while not (folder / "ready").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+    with subprocess.Popen([sys.executable, "-c", MIDDLE, ROOT, folder, mode], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        wait_for(lambda: (folder / "ready").exists() or process.poll() is not None)
         breaks(process)
         start = time.monotonic()
         (folder / "go").touch()
@@ -243,16 +260,18 @@ class Wandb(NotFound):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        asked, data = json.loads(body) if self.path.endswith("/graphql") else {"query": ""}, {}
-        if "upsertBucket" in asked["query"]:
-            bucket = {"id": "b", "name": asked["variables"]["name"], "displayName": "run", "historyLineCount": 0,
+        request, data = json.loads(body) if self.path.endswith("/graphql") else {"query": ""}, {}
+        if "upsertBucket" in request["query"]:
+            bucket = {"id": "b", "name": request["variables"]["name"], "displayName": "run", "historyLineCount": 0,
                       "project": {"id": "p", "name": "tests", "entity": {"id": "e", "name": "me"}}}
             data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
-        elif "createRunFiles" in asked["query"]:
-            files = [{"name": name, "uploadUrl": f"http://{self.headers['Host']}/{name}"} for name in asked["variables"]["files"]]
+        elif "createRunFiles" in request["query"]:
+            files = [{"name": name, "uploadUrl": f"http://{self.headers['Host']}/{name}"}
+                     for name in request["variables"]["files"]]
             data = {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
-        elif "viewer" in asked["query"]:
-            data = {"viewer": {"id": "v", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": {"edges": []}}}
+        elif "viewer" in request["query"]:
+            data = {"viewer": {"id": "v", "entity": "me", "username": "me", "email": "", "flags": "{}",
+                               "teams": {"edges": []}}}
         answer = json.dumps({"data": data}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -264,7 +283,10 @@ class Wandb(NotFound):
 
 
 def test_wandb_server_gone_in_the_middle(tmp_path):
-    """Training goes on, and the end waits for it some 20 s on an idle machine, not 546 s; what wandb has is on the disk."""
+    """Training continues, and its end waits for the server a few seconds, not 546. What wandb has is on the disk.
+
+    The product's limit is 15 seconds, a fifth of it here.
+    """
     class Server(http.server.ThreadingHTTPServer):
         def finish_request(self, *request):
             if not gone:
@@ -282,11 +304,12 @@ def test_wandb_server_gone_in_the_middle(tmp_path):
 
 def test_wandb_process_killed_in_the_middle(tmp_path):
     def kill(process):
+        wait_for(lambda: len(read_wandb(tmp_path / "run")[1]) >= 15)  # written up to a second after it is logged
         subprocess.run(["pkill", "-KILL", "-P", str(process.pid), "-f", "wandb-core"], check=True)
 
     errors, seconds = break_in_the_middle(tmp_path, "offline", kill)
     assert seconds < PATIENCE / 2 and errors.count("\n") == 1 and "wandb: logging to it failed" in errors, errors
-    assert len(read_wandb(tmp_path / "run")[1]) >= 15  # up to a second before
+    assert len(read_wandb(tmp_path / "run")[1]) >= 15
 
 
 def test_wandb_folder_full(tmp_path):
@@ -313,7 +336,7 @@ def test_a_copied_folder_is_another_run_on_wandb(tmp_path):
     assert second != first and run_id(str(tmp_path / "a copy"), new=False) == second
 
 
-def test_wandb_failing_in_the_middle_is_told_once(tmp_path, capsys):
+def test_wandb_failing_in_the_middle_is_reported_once(tmp_path, capsys):
     class Broken:
         def log(self, values, step):
             raise RuntimeError("server gone")

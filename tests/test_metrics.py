@@ -9,17 +9,16 @@ import torch
 import data_utils
 from data_utils import make_dataset
 from metrics import (
-    Judge,
+    Evaluator,
     classifier_two_sample,
     energy_distance,
     frechet_distance,
-    frechet_name,
     inception_score,
     kernel_distance,
+    metric_name,
     nearest,
     precision_recall,
     sliced_wasserstein,
-    statistics,
 )
 from utils import UserError
 
@@ -39,32 +38,37 @@ def test_frechet_distance_of_gaussians():
     rotation = torch.linalg.qr(normal(5, 5, 0)).Q
     s, r = torch.tensor([1.0, 2, 3, 0.5, 0]).double(), torch.tensor([2.0, 2, 1, 0.1, 0.3]).double()
     mu, nu = normal(1, 5, 1)[0], normal(1, 5, 2)[0]
-    a, b = ({"mean": m, "covariance": rotation @ torch.diag(std**2) @ rotation.T} for m, std in ((mu, s), (nu, r)))
-    assert frechet_distance(a, b) == pytest.approx(((mu - nu).square().sum() + (s - r).square().sum()).item(), rel=1e-6)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-
-
-def test_statistics_are_those_of_numpy():
-    x = normal(50, 4, 0).float()
-    found = statistics(x)
-    assert found["mean"].dtype == found["covariance"].dtype == torch.float64
-    np.testing.assert_allclose(found["mean"], x.double().mean(0))
-    np.testing.assert_allclose(found["covariance"], np.cov(x.double().numpy(), rowvar=False))
+    white = normal(40, 5, 3)
+    white = torch.linalg.qr(white - white.mean(0)).Q * 39**0.5  # of mean 0 and covariance 1, exactly
+    x = mu + white * s @ rotation.T
+    one, other = ({"mean": mean, "covariance": rotation @ torch.diag(std**2) @ rotation.T}
+                  for mean, std in ((mu, s), (nu, r)))
+    exact = ((mu - nu).square().sum() + (s - r).square().sum()).item()
+    assert frechet_distance(x, other) == pytest.approx(exact, rel=1e-6)
+    assert frechet_distance(x, one) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_name_fid_is_kept_for_what_it_is():
-    assert frechet_name("inception", 50_000, "train") == "fid"
-    assert frechet_name("inception", 50_000, "test") == "fid50k_test"
-    assert frechet_name("inception", 10_000, "train") == "fid10k" and frechet_name("inception", 297, "train") == "fid297"
-    assert frechet_name("classifier", 50_000, "train") == "classifier_fd50k"
+    assert metric_name("inception", "fd50000", "train") == "fid"
+    assert metric_name("inception", "fd50000", "test") == "fid50k_test"
+    assert metric_name("inception", "fd10000", "train") == "fid10k"
+    assert metric_name("inception", "fd297", "train") == "fid297"
+    assert metric_name("classifier", "fd50000", "train") == "classifier_fd50k"
+
+
+def test_names_say_extractor_and_split():
+    assert [metric_name(kind, "kid", "train") for kind in ("inception", "classifier")] == ["kid", "classifier_kid"]
+    assert metric_name("classifier", "precision", "test") == "classifier_precision_test"
+    assert metric_name("points", "c2st", "train") == "c2st" and metric_name("points", "c2st", "test") == "c2st_test"
 
 
 @pytest.mark.parametrize("m", [0.0, 0.5])
 def test_kernel_distance_of_gaussians(m):
-    """Without bias, the squared MMD of N(0, 1) and N(m, 1) by the kernel (x y + 1)^3: 3 m^2 + 3 (m^2)^2 + (3 m + m^3)^2."""
+    """Squared MMD of N(0, 1) and N(m, 1) by the kernel (x y + 1)^3, without bias: 3 m^2 + 3 m^4 + (3 m + m^3)^2."""
     exact = 3 * m**2 + 3 * m**4 + (3 * m + m**3) ** 2  # the squared differences of the moments, weighted by 3, 3 and 1
     found = [kernel_distance(normal(200, 1, k), normal(200, 1, 1000 + k, mean=m), subsets=1) for k in range(100)]
-    assert np.mean(found) == pytest.approx(exact, abs=4 * np.std(found) / 10) and 4 * np.std(found) / 10 < 0.6 * exact + 0.2
+    error = 4 * np.std(found) / 10
+    assert np.mean(found) == pytest.approx(exact, abs=error) and error < 0.6 * exact + 0.2
 
 
 def test_precision_and_recall_tell_two_failures_apart():
@@ -108,63 +112,84 @@ def test_classifier_two_sample():
     assert classifier_two_sample(x, normal(1000, 2, 1, mean=10)) > 0.999
 
 
-def test_points_are_judged_in_units_of_the_data():
+def test_points_are_compared_in_units_of_the_data():
     data, samples = normal(3000, 2, 0).numpy(), normal(500, 2, 1, mean=0.3).float()
     scale = torch.tensor([100.0, 0.01])
     plain = make_dataset(data, None)
     scaled = make_dataset(data * scale.numpy(), None)
-    one, other = Judge(plain, {"train": plain}, CPU)(samples), Judge(scaled, {"train": scaled}, CPU)(samples * scale)
+    one = Evaluator(plain, {"train": plain}, CPU)(samples)
+    other = Evaluator(scaled, {"train": scaled}, CPU)(samples * scale)
     assert set(one) == {"energy_distance", "sliced_wasserstein", "c2st"}
     for name in ("energy_distance", "sliced_wasserstein"):
         assert one[name] == pytest.approx(other[name], rel=1e-3)
     constant = make_dataset(np.concatenate([data, np.ones((3000, 1))], 1), None)
-    found = Judge(constant, {"train": constant}, CPU)(torch.cat([samples, torch.ones(500, 1)], 1))
+    found = Evaluator(constant, {"train": constant}, CPU)(torch.cat([samples, torch.ones(500, 1)], 1))
     assert np.isfinite(list(found.values())).all()
 
 
 # ---- Images
 
 
-def test_the_judge_of_images(digits):
+def test_the_evaluator_of_images(digits):
     test = data_utils.load_dataset("digits", split="test")
-    judge = Judge(digits, {"train": digits}, CPU)
+    evaluator = Evaluator(digits, {"train": digits}, CPU)
     images, labels = torch.from_numpy(test.data), torch.from_numpy(test.labels)
-    real = judge(images, labels)
-    assert list(real) == ["classifier_fd297", "classifier_kid", "classifier_precision", "classifier_recall", "recognised"]
-    assert real["recognised"] > 0.95 and judge(images[:100])["classifier_fd100"] > real["classifier_fd297"]
+    real = evaluator(images, labels)
+    names = ("fd297", "kid", "precision", "recall")
+    assert list(real) == [*(f"classifier_{name}" for name in names), "recognised"]
+    assert real["recognised"] > 0.95 and evaluator(images[:100])["classifier_fd100"] > real["classifier_fd297"]
     noise = torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    bad = judge(noise, labels)
-    assert bad["classifier_fd297"] > 20 * real["classifier_fd297"] and bad["classifier_precision"] < 0.2 and bad["recognised"] < 0.3
-    wrong = judge(images, (labels + 1) % 10)
+    bad = evaluator(noise, labels)
+    assert bad["classifier_fd297"] > 20 * real["classifier_fd297"]
+    assert bad["classifier_precision"] < 0.2 and bad["recognised"] < 0.3
+    wrong = evaluator(images, (labels + 1) % 10)
     assert wrong["recognised"] < 0.05 and wrong["classifier_fd297"] == real["classifier_fd297"]
-    assert "recognised" not in judge(images)
-    of_test = Judge(digits, {"test": test}, CPU)(images, labels)
+    assert "recognised" not in evaluator(images)
+    of_test = Evaluator(digits, {"test": test}, CPU)(images, labels)
     assert of_test["classifier_fd297_test"] == pytest.approx(0, abs=1e-4) and of_test["classifier_precision_test"] == 1
 
 
+def test_with_another_extractor_the_classifier_still_recognises(digits):
+    class Pixels:
+        kind, sha256 = "inception", 64 * "0"
+
+        def __call__(self, images):
+            x = images.float().flatten(1)
+            return x[:, 20:30], x[:, 30:40]
+
+    test = data_utils.load_dataset("digits", split="test")
+    evaluator = Evaluator(digits, {"train": digits}, CPU, Pixels())
+    found = evaluator(torch.from_numpy(test.data), torch.from_numpy(test.labels))
+    assert list(found) == ["fid297", "kid", "precision", "recall", "inception_score", "recognised"]
+    assert found["recognised"] > 0.95
+
+
 def test_statistics_are_kept_and_used_again(digits, monkeypatch):
-    first = Judge(digits, {"train": digits}, CPU)
+    first = Evaluator(digits, {"train": digits}, CPU)
     monkeypatch.setattr("metrics.statistics_of", None)
-    again = Judge(digits, {"train": digits}, CPU)
+    again = Evaluator(digits, {"train": digits}, CPU)
     one, other = first.references["train"], again.references["train"]
     assert set(one) == {"mean", "covariance", "features"} and all(torch.equal(one[name], other[name]) for name in one)
     fewer = make_dataset(digits.data[:500], digits.labels[:500])
     with pytest.raises(TypeError):  # other content: the features would be taken anew
-        Judge(digits, {"train": fewer}, CPU)
+        Evaluator(digits, {"train": fewer}, CPU)
 
 
 def test_samples_that_are_not_finite(digits):
     data = make_dataset(normal(50, 2, 0).numpy(), None)
     with pytest.raises(UserError, match="2 of 20 samples are not finite"):
-        Judge(data, {"train": data}, CPU)(torch.tensor([[0.0, 0.0]] * 18 + [[0.0, math.inf], [math.nan, 0.0]]))
+        Evaluator(data, {"train": data}, CPU)(torch.tensor([[0.0, 0.0]] * 18 + [[0.0, math.inf], [math.nan, 0.0]]))
 
 
-def test_nearest_is_the_nearest():
+@pytest.mark.parametrize("pixels", [10**9, 16 * 5000, 16])
+def test_nearest_is_the_nearest(monkeypatch, pixels):
+    """Whether the data are read at once, in parts, of which the last is shorter, or one by one."""
+    monkeypatch.setattr("metrics.PIXELS", pixels)
     rng = np.random.default_rng(0)
-    data, images = (rng.integers(0, 256, (n, 1, 4, 4), np.uint8) for n in (12_345, 40))
-    images[3] = data[7_000]
+    data, images = (rng.integers(0, 256, (n, 1, 4, 4), np.uint8) for n in (12_345 if pixels > 16 else 50, 40))
+    images[3] = data[len(data) // 2]
     distances, items = nearest(torch.from_numpy(images), data, 3, CPU)
     exact = np.linalg.norm(images.reshape(40, 1, 16) / 255.0 - data.reshape(1, -1, 16) / 255.0, axis=2)
     assert np.array_equal(items, np.argsort(exact, axis=1)[:, :3])
     np.testing.assert_allclose(distances, np.sort(exact, axis=1)[:, :3], atol=1e-3)
-    assert items[3, 0] == 7_000 and distances[3, 0] < 1e-3
+    assert items[3, 0] == len(data) // 2 and distances[3, 0] < 1e-3

@@ -1,4 +1,4 @@
-"""The MLP: shapes, that every input matters, the null label, data that do not fit."""
+"""Tests of the MLP: shapes, inputs that all matter, the null label, dropout, and data that do not fit."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ def test_shape_inputs_and_null_label():
     torch.nn.init.normal_(net.out[-1].weight)
     out = net(x, t, label)
     assert out.shape == (5, 2)
-    for other in (net(x + 1, t, label), net(x, t + 0.1, label), net(x, t, (label + 1) % 3)):
-        assert (other - out).abs().amax(1).min() > 1e-3
+    for changed in (net(x + 1, t, label), net(x, t + 0.1, label), net(x, t, (label + 1) % 3)):
+        assert (changed - out).abs().amax(1).min() > 1e-3
     assert torch.equal(net(x, t, None), net(x, t, torch.full((5,), 3)))
 
 

@@ -1,4 +1,4 @@
-"""The learning rate step by step, weight decay on matrices only, clipping that returns the norm before."""
+"""Tests of the optimizer: learning rates, weight decay on matrices only, and steps with clipped gradients."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_only_matrices_decay():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_step_scales_the_gradient_and_returns_the_norm_before(fused):
-    """Adam's first moment after one step is 0.1 of the gradient that it got; a norm that is not finite changes nothing."""
+    """After one step, Adam's first moment is 0.1 times the scaled gradient. An infinite norm changes nothing."""
     for max_norm, after in ((1.0, 1.0), (10.0, 5.0), (0, 5.0)):
         net = nn.Linear(3, 1, bias=False)
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=fused)

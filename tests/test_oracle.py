@@ -1,4 +1,4 @@
-"""The oracle itself: its samples, density and predictions against sums, integrals and autograd that do not use its formulas."""
+"""The oracle against sums, integrals and derivatives that use none of its formulas."""
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ def test_density_is_that_of_the_samples(process):
     mean, covariance = data.moments(t)
     axes = [m + s * torch.linspace(-7, 7, 401, dtype=torch.float64) for m, s in zip(mean, covariance.diag().sqrt())]
     points = torch.cartesian_prod(*axes)
-    mass = data.log_prob(points, torch.full((len(points),), t)).exp() * (axes[0][1] - axes[0][0]) * (axes[1][1] - axes[1][0])
+    area = (axes[0][1] - axes[0][0]) * (axes[1][1] - axes[1][0])
+    mass = data.log_prob(points, torch.full((len(points),), t)).exp() * area
     assert mass.sum().item() == pytest.approx(1, abs=1e-6)
     torch.testing.assert_close(mass @ points, mean, rtol=0, atol=1e-6)
     torch.testing.assert_close((points - mean).T @ ((points - mean) * mass[:, None]), covariance, rtol=1e-5, atol=1e-6)
@@ -44,7 +45,8 @@ def test_predictions_are_expectations(process, kind):
 
 def test_label_is_the_component():
     process, kind = PROCESSES["cosine"](), "x0"
-    data, x, t = mixture(process, kind), torch.randn(6, 2, dtype=torch.float64), torch.full((6,), 0.5, dtype=torch.float64)
+    data, x = mixture(process, kind), torch.randn(6, 2, dtype=torch.float64)
+    t = torch.full((6,), 0.5, dtype=torch.float64)
     label = torch.tensor([0, 1, 2, 3, 3, 0])
     out, log_p = data(x, t, label), data.log_prob(x, t, label)
     for k in range(3):
@@ -55,8 +57,14 @@ def test_label_is_the_component():
     torch.testing.assert_close(log_p[3:5], data.log_prob(x, t)[3:5])
 
 
+def test_one_time_for_all_is_that_time_for_each(process):
+    data, x = mixture(process), torch.randn(6, 2, dtype=torch.float64)
+    for function in (data, data.log_prob):
+        torch.testing.assert_close(function(x, 0.3), function(x, torch.full((6,), 0.3, dtype=torch.float64)))
+
+
 def test_images_and_float32():
-    """Any shape of data; the answer has the type of xt."""
+    """Data of any shape; the prediction has the type of xt."""
     process = PROCESSES["rf"]()
     images = GaussianMixture(process, "velocity", torch.randn(4, 1, 5, 5), 0.3)
     flat = GaussianMixture(process, "velocity", images.means, 0.3)

@@ -1,4 +1,4 @@
-"""Agreement with independent implementations, each skipped where it is absent. To have them all:
+"""Agreement with independent implementations, each skipped where it is not installed. To have them all:
 
     pip install flow_matching==1.0.10 diffusers==0.42.1 pot==0.9.7.post1 && pip install --no-deps torchcfm==1.0.7
 """
@@ -37,12 +37,14 @@ def pairs(n=20):
     ("LinearVPScheduler", FromFunctions(lambda t: 1 - t, lambda t: (1 - (1 - t) ** 2).sqrt()), []),
 ])
 def test_flow_matching_schedulers(name, process, arguments):
-    theirs = getattr(need("flow_matching.path.scheduler"), name)(*arguments)
+    scheduler = getattr(need("flow_matching.path.scheduler"), name)(*arguments)
     t = pairs()[0]
-    out, mine = theirs(1 - t), process.coefs(t)
-    for a, b in ((out.alpha_t, mine.alpha), (out.sigma_t, mine.sigma), (-out.d_alpha_t, mine.alpha_dot), (-out.d_sigma_t, mine.sigma_dot)):
+    out, c = scheduler(1 - t), process.coefs(t)
+    for a, b in ((out.alpha_t, c.alpha), (out.sigma_t, c.sigma), (-out.d_alpha_t, c.alpha_dot),
+                 (-out.d_sigma_t, c.sigma_dot)):
         torch.testing.assert_close(a.expand(20), b, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(theirs.snr_inverse((mine.log_snr / 2).exp()), 1 - process.time(mine.log_snr), rtol=1e-6, atol=1e-9)
+    times = scheduler.snr_inverse((c.log_snr / 2).exp())
+    torch.testing.assert_close(times, 1 - process.time(c.log_snr), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["rf", "cosine"])
@@ -54,28 +56,29 @@ def test_flow_matching_likelihood_and_samples(name):
     def velocity(x, t, **extras):
         return -data(x, (1 - t).expand(len(x)))
 
-    theirs, field = solver.ODESolver(velocity_model=velocity), Field(data, process, "velocity")
+    peer, field = solver.ODESolver(velocity_model=velocity), Field(data, process, "velocity")
     x0, times = data.sample(32, torch.Generator().manual_seed(0))[0], torch.tensor([1.0, 0.0], dtype=torch.float64)
     settings = dict(method="dopri5", atol=1e-7, rtol=1e-7, time_grid=times, exact_divergence=True)
-    _, log_p = theirs.compute_likelihood(x0.clone(), lambda x: log_normal(x, 1.0), None, **settings)
-    torch.testing.assert_close(log_likelihood(field, x0, 0.0, 1.0, rtol=1e-7, atol=1e-7), log_p.detach(), rtol=0, atol=1e-5)
+    _, log_p = peer.compute_likelihood(x0.clone(), lambda x: log_normal(x, 1.0), None, **settings)
+    own_log_p = log_likelihood(field, x0, 0.0, 1.0, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(own_log_p, log_p.detach(), rtol=0, atol=1e-5)
     x1 = torch.randn(32, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for method, mine in (("euler", euler), ("midpoint", midpoint)):
-        out = theirs.sample(x1, step_size=0.05, method=method, time_grid=times.flip(0))
-        torch.testing.assert_close(mine(field, x1, make_grid(20, 0.0, 1.0)), out, rtol=1e-6, atol=1e-6)
+    for method, sampler in (("euler", euler), ("midpoint", midpoint)):
+        out = peer.sample(x1, step_size=0.05, method=method, time_grid=times.flip(0))
+        torch.testing.assert_close(sampler(field, x1, make_grid(20, 0.0, 1.0)), out, rtol=1e-6, atol=1e-6)
 
 
 # ---- torchcfm, whose time runs from noise to data
 
 
-@pytest.mark.parametrize("name, process", [("ConditionalFlowMatcher", "rf"), ("VariancePreservingConditionalFlowMatcher", "cosine")])
+@pytest.mark.parametrize("name, process", [("ConditionalFlowMatcher", PROCESSES["rf"]()),
+                                           ("VariancePreservingConditionalFlowMatcher", PROCESSES["cosine"]())])
 def test_torchcfm_interpolants(name, process):
-    theirs = getattr(need("torchcfm.conditional_flow_matching"), name)(sigma=0.0)
+    matcher = getattr(need("torchcfm.conditional_flow_matching"), name)(sigma=0.0)
     t, x0, x1 = pairs()
-    _, xt, ut = theirs.sample_location_and_conditional_flow(x1, x0, 1 - t)
-    mine = PROCESSES[process]()
-    torch.testing.assert_close(mine.interpolate(x0, x1, t), xt)
-    torch.testing.assert_close(target("velocity", mine.coefs(t, 2), x0, x1), -ut)
+    _, xt, ut = matcher.sample_location_and_conditional_flow(x1, x0, 1 - t)
+    torch.testing.assert_close(process.interpolate(x0, x1, t), xt)
+    torch.testing.assert_close(target("velocity", process.coefs(t, 2), x0, x1), -ut)
 
 
 def test_torchcfm_optimal_transport():
@@ -91,12 +94,16 @@ def test_torchcfm_optimal_transport():
 
 def discrete(scheduler):
     """The scheduler's 1,000 levels as a process: level k is t = (k + 1) / 1000, and t = 0 is without noise."""
-    abar = torch.cat([torch.ones(1), scheduler.alphas_cumprod]).double()
-    return FromFunctions(lambda t: abar[(1000 * t).round().long()].sqrt(), lambda t: (1 - abar[(1000 * t).round().long()]).sqrt())
+    all_levels = torch.cat([torch.ones(1), scheduler.alphas_cumprod]).double()
+
+    def alpha_squared(t):
+        return all_levels[(1000 * t).round().long()]
+
+    return FromFunctions(lambda t: alpha_squared(t).sqrt(), lambda t: (1 - alpha_squared(t)).sqrt())
 
 
 def noise(x, level):
-    """A model of the noise, neither linear nor exact, of x and the level k."""
+    """A model of the noise in x at level k, neither linear nor exact."""
     return torch.tanh(x * (1 + level / 500)) + 0.1 * x.roll(1, -1)
 
 
@@ -114,7 +121,8 @@ def test_diffusers_samplers(name, sampler, settings):
     process = discrete(scheduler)
     field = Field(lambda x, t, label: noise(x, 1000 * t[0].item() - 1), process, "x1")
     assert [round(1000 * t) - 1 for t in make_grid(20, 0.0, 1.0)[:-1]] == scheduler.timesteps.tolist()
-    torch.testing.assert_close(sampler(field, start, make_grid(20, 0.0, 1.0)), x, rtol=1e-4, atol=1e-4)  # theirs are float32 tables
+    # to 1e-4, since the tables of diffusers are in float32
+    torch.testing.assert_close(sampler(field, start, make_grid(20, 0.0, 1.0)), x, rtol=1e-4, atol=1e-4)
 
 
 def test_diffusers_flow_match_euler():
@@ -125,5 +133,6 @@ def test_diffusers_flow_match_euler():
         x = scheduler.step(noise(x, t.item()), t, x).prev_sample
     field = Field(lambda x, t, label: noise(x, 1000 * t[0].item()), PROCESSES["rf"](), "velocity")
     ts = make_grid(20, 0.0, 1.0, "shifted", grid_shift=3.0)
-    assert ts[:-1] == pytest.approx([t / 1000 for t in scheduler.timesteps.tolist()], rel=1e-6) and math.isclose(ts[1], 0.95 * 3 / 2.9)
+    assert ts[:-1] == pytest.approx([t / 1000 for t in scheduler.timesteps.tolist()], rel=1e-6)
+    assert math.isclose(ts[1], 0.95 * 3 / 2.9)
     torch.testing.assert_close(euler(field, start, ts), x, rtol=1e-4, atol=1e-4)

@@ -1,11 +1,10 @@
-"""Predictions against their definitions, EDM's preconditioning against its paper, and loss weightings against closed forms.
+"""Tests of predictions, EDM's preconditioning and loss weightings, against the papers and closed forms.
 
-Every conversion there and back, and against exact predictions, is in test_check.py.
+test_check.py tests every conversion, there and back, and against exact predictions.
 """
 
 import pytest
 import torch
-from conftest import gaussian
 
 from prediction import LOSS_WEIGHTINGS, PREDICTIONS, Preconditioned, convert, loss_weight, target
 from processes import PROCESSES, make_process
@@ -41,7 +40,7 @@ def test_targets_are_their_definitions(process):
 
 
 def test_edm_target_has_unit_variance(process):
-    """What EDM's c_out is for: for data of standard deviation sigma_data, at every t."""
+    """This is the purpose of EDM's c_out: at every t, for data of standard deviation sigma_data."""
     process.sigma_data = 0.7
     c = process.coefs(torch.linspace(0.01, 0.99, 9, dtype=torch.float64))
     p, q = PREDICTIONS["edm"](c)
@@ -76,7 +75,7 @@ def test_same_kind_is_untouched_even_where_it_is_singular(process):
 
 
 def test_negative_determinant_has_the_right_sign(process):
-    """x0 has D = -sigma < 0: a guard such as D + 1e-8 would be wrong there, most of all near t = 0."""
+    """The kind x0 has D = -sigma < 0. A guard such as D + 1e-8 would be wrong there, most of all near t = 0."""
     t = torch.tensor([1e-6], dtype=torch.float64)
     c, x0, x1 = process.coefs(t, 2), torch.ones(1, 1, dtype=torch.float64), torch.full((1, 1), 2.0, dtype=torch.float64)
     x1_again = convert(x0, c.alpha * x0 + c.sigma * x1, c, "x0", "x1")
@@ -93,14 +92,14 @@ def test_no_weighting_leaves_the_error_as_it_is(process):
 
 @pytest.mark.parametrize("weighting", [name for name in LOSS_WEIGHTINGS if name != "none"])
 def test_a_weighted_loss_does_not_depend_on_the_target(process, weighting):
-    """An error of the network, read as an error of any kind, costs the same."""
+    """One and the same error of the network has the same loss, whichever kind of prediction it is converted to."""
     t, c, x0, x1, xt = batch(process)
-    wrong, losses = x0 + torch.randn(64, 3, dtype=torch.float64), []
+    wrong_x0, losses = x0 + torch.randn(64, 3, dtype=torch.float64), []
     for kind in KINDS:
-        error = convert(wrong, xt, c, "x0", kind) - target(kind, c, x0, x1)
+        error = convert(wrong_x0, xt, c, "x0", kind) - target(kind, c, x0, x1)
         losses.append((loss_weight(c, weighting, kind, **SETTINGS) * error**2).sum(1))
-    for other in losses[1:]:
-        torch.testing.assert_close(other, losses[0], rtol=1e-9, atol=0)
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=1e-9, atol=0)
     assert losses[0].isfinite().all() and (losses[0] > 0).all()
 
 
@@ -108,8 +107,9 @@ def test_weights_of_the_papers():
     c = PROCESSES["linear_vp"]().coefs(torch.linspace(0.01, 0.99, 50, dtype=torch.float64))
     snr = c.log_snr.exp()
     for gamma in (1.0, 5.0):  # Hang et al. 2023, section 3.4, for x0, noise and v
-        for kind, weight in (("x0", snr.clamp(max=gamma)), ("x1", snr.clamp(max=gamma) / snr), ("v", snr.clamp(max=gamma) / (snr + 1))):
-            torch.testing.assert_close(loss_weight(c, "min_snr", kind, min_snr_gamma=gamma), weight)
+        for kind, divisor in (("x0", 1), ("x1", snr), ("v", snr + 1)):
+            weight = loss_weight(c, "min_snr", kind, min_snr_gamma=gamma)
+            torch.testing.assert_close(weight, snr.clamp(max=gamma) / divisor)
     edm = make_process("edm", sigma_data=0.6).coefs(torch.linspace(0, 1, 50, dtype=torch.float64))
     sigma = edm.sigma  # Karras et al. 2022, table 1; and lambda c_out^2 = 1 (section 5)
     torch.testing.assert_close(loss_weight(edm, "edm", "x0"), (sigma**2 + 0.36) / (0.6 * sigma) ** 2)
@@ -121,26 +121,19 @@ def test_weights_of_the_papers():
 
 
 def test_likelihood_weighting_is_the_divergence(process):
-    """KL(p || q) at T_min = KL at T_max + the weighted error of q's score, integrated in t, for two Gaussians, between which all of it is
-    known (Song et al. 2021, "Maximum Likelihood Training", theorem 1)."""
-    p, q = gaussian(process, "score"), gaussian(process, "score", mean=-0.2, std=0.8)
+    """KL(p || q) at T_min is KL(p || q) at T_max plus the integral over t of the weighted squared error of q's score.
 
-    def at(data, time):
-        mean, covariance = data.moments(time)
-        return mean.item(), covariance.item()
-
-    def divergence(time):
-        (m, v), (n, w) = at(p, time), at(q, time)
-        return 0.5 * (v / w + (m - n) ** 2 / w - 1 - torch.log(torch.tensor(v / w, dtype=torch.float64)))
-
-    low, high = 0.05, 0.95
-    t = torch.linspace(low, high, 2001, dtype=torch.float64)
-    c, error = process.coefs(t), []
-    for time in t.tolist():  # E_p (score of p - score of q)^2: the difference is linear in x
-        (m, v), (n, w) = at(p, time), at(q, time)
-        error.append((1 / w - 1 / v) ** 2 * v + ((m - n) / w) ** 2)
-    integral = torch.trapezoid(loss_weight(c, "likelihood", "score") * torch.tensor(error, dtype=torch.float64), t)
-    assert divergence(low) - divergence(high) == pytest.approx(integral.item(), rel=1e-4)
+    For two Gaussians p and q, all of these are known (Song et al. 2021, "Maximum Likelihood Training", theorem 1).
+    """
+    t = torch.linspace(0.05, 0.95, 2001, dtype=torch.float64)
+    c = process.coefs(t)
+    mean_p, mean_q = c.alpha * 0.7, c.alpha * -0.2  # of xt, for x0 from N(0.7, 0.5^2) and from N(-0.2, 0.8^2)
+    var_p, var_q = c.alpha**2 * 0.25 + c.sigma**2, c.alpha**2 * 0.64 + c.sigma**2
+    divergence = 0.5 * (var_p / var_q + (mean_p - mean_q) ** 2 / var_q - 1 - (var_p / var_q).log())
+    # E_p (score of p - score of q)^2: the difference is linear in x
+    error = (1 / var_q - 1 / var_p) ** 2 * var_p + ((mean_p - mean_q) / var_q) ** 2
+    integral = torch.trapezoid(loss_weight(c, "likelihood", "score") * error, t)
+    assert (divergence[0] - divergence[-1]).item() == pytest.approx(integral.item(), rel=1e-4)
 
 
 def test_unknown_names_list_the_known():

@@ -1,6 +1,6 @@
-"""Processes: boundary values, known values, the linear SDE they imply, derivatives by autograd, and times of noise levels.
+"""Tests of the processes: boundary and known values, the linear SDE of each, derivatives, times of noise levels.
 
-Derivatives against autograd, and float32 against float64, are in test_check.py.
+test_check.py compares derivatives with autograd and float32 with float64, for every process.
 """
 
 import math
@@ -44,7 +44,8 @@ def test_forward_drift_is_linear(process):
     """velocity + delta score = f xt for every x0 and x1."""
     c, (x0, x1) = process.coefs(times(50), 2), torch.randn(2, 50, 3, dtype=torch.float64)
     velocity, score = c.alpha_dot * x0 + c.sigma_dot * x1, -x1 / c.sigma
-    torch.testing.assert_close(velocity + c.delta * score, c.f * process.interpolate(x0, x1, times(50)), rtol=1e-8, atol=1e-8)
+    drift = c.f * process.interpolate(x0, x1, times(50))
+    torch.testing.assert_close(velocity + c.delta * score, drift, rtol=1e-8, atol=1e-8)
 
 
 def test_slope_of_log_snr(process):
@@ -69,8 +70,10 @@ def test_known_values():
     assert at("sub_vp", "sigma") == pytest.approx(1 - alpha**2)
     assert at("sub_vp", "g") ** 2 == pytest.approx((0.1 + 19.9 / 4) * (1 - alpha**4))  # Song et al. 2021, eq. 12
     assert at("ve", "sigma", sigma_min=0.01, sigma_max=50.0) == pytest.approx(0.01 * 5000**0.25)
-    assert at("ve", "g", sigma_min=0.01, sigma_max=50.0) == pytest.approx(0.01 * 5000**0.25 * math.sqrt(2 * math.log(5000)))
-    assert at("ve_linear", "sigma") == pytest.approx(0.002 + 79.998 / 4) and at("ve_linear", "sigma_dot") == pytest.approx(79.998)
+    g = 0.01 * 5000**0.25 * math.sqrt(2 * math.log(5000))
+    assert at("ve", "g", sigma_min=0.01, sigma_max=50.0) == pytest.approx(g)
+    assert at("ve_linear", "sigma") == pytest.approx(0.002 + 79.998 / 4)
+    assert at("ve_linear", "sigma_dot") == pytest.approx(79.998)
 
 
 def test_equal_steps_are_the_noise_levels_of_edm():
@@ -78,7 +81,8 @@ def test_equal_steps_are_the_noise_levels_of_edm():
     levels = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
     sigma = EDM().sigma(torch.linspace(1, 0, 18, dtype=torch.float64))
     torch.testing.assert_close(sigma, torch.tensor(levels, dtype=torch.float64), rtol=1e-12, atol=0)
-    assert EDM(rho=3.0).sigma(torch.tensor(0.5)).item() == pytest.approx(((0.002 ** (1 / 3) + 80 ** (1 / 3)) / 2) ** 3, rel=1e-6)
+    middle = ((0.002 ** (1 / 3) + 80 ** (1 / 3)) / 2) ** 3
+    assert EDM(rho=3.0).sigma(torch.tensor(0.5)).item() == pytest.approx(middle, rel=1e-6)
 
 
 def test_time_inverts_log_snr(process):
@@ -123,12 +127,14 @@ def test_coefs_broadcast_over_any_data(process):
     assert process.coefs(t, 4).alpha.shape == (5, 1, 1, 1)
     assert process.interpolate(x, x, t).shape == x.shape
     assert (process.at(0.25).sigma * x).dtype == torch.float32
-    torch.testing.assert_close(process.at(0.25).sigma.expand(1), process.sigma(torch.tensor([0.25], dtype=torch.float64)))
+    sigma = process.sigma(torch.tensor([0.25], dtype=torch.float64))
+    torch.testing.assert_close(process.at(0.25).sigma.expand(1), sigma)
 
 
 def test_make_process():
     made = make_process("ve_linear", sigma_data=0.7, sigma_max=10.0, beta_min=3.0)
-    assert isinstance(made, LinearVE) and made.sigma_max == 10 and made.at(0.5).sigma_data == 0.7 and PROCESSES["rf"]().sigma_data == 0.5
+    assert isinstance(made, LinearVE) and made.sigma_max == 10
+    assert made.at(0.5).sigma_data == 0.7 and PROCESSES["rf"]().sigma_data == 0.5
     assert made.at(1.0).variance.item() == pytest.approx(0.49 + 100)
     with pytest.raises(UserError, match="rf, cosine, linear_vp, sub_vp, ve, ve_linear, edm"):
         make_process("vp")

@@ -1,4 +1,4 @@
-"""sample.py: what it writes, that samples do not depend on batches or processes, and its one-line errors."""
+"""sample.py: what it writes, that samples do not depend on batches or ranks, trajectories, and its one-line errors."""
 
 import numpy as np
 import pytest
@@ -8,30 +8,32 @@ from PIL import Image
 
 import saving
 from data_utils import load_dataset
-from sample import main
+from oracle import GaussianMixture
+from processes import PROCESSES
+from sample import Options, load, load_guide, main, trajectory
+from sampling import SAMPLERS, Field, heun_step, make_grid
 from trainer import DiffusionTrainer
+from utils import UserError
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """A conditional run on digits, whose weights are far from the start, and an unconditional one on points."""
-    folder = tmp_path_factory.mktemp("runs")
-    digits = tiny(folder, num_training_steps=20, base_lr=1e-2)
-    points = tiny(folder, run_name="points", dataset="moons", network="mlp", hidden_dim=16, num_layers=1, class_conditional=False)
-    worse = tiny(folder, run_name="worse", model_channels=4, num_training_steps=5)
-    other = tiny(folder, run_name="other", num_training_steps=2, process="cosine", model_type="x1")
-    for config in (digits, points, worse, other):
-        DiffusionTrainer(config, load_dataset(config.dataset), torch.device("cpu")).train()
-    return folder
+def checkpoints(runs):
+    """Beside the runs on digits and points, a worse run on digits, and one of another process and prediction."""
+    for config in (tiny(runs, run_name="worse", model_channels=4, num_training_steps=5),
+                   tiny(runs, run_name="other", num_training_steps=2, process="cosine", model_type="x1")):
+        DiffusionTrainer(config, load_dataset(config.dataset), CPU).train()
+    return runs
 
 
-def sample(tmp_path, ckpt, *arguments, name="x", processes=1):
+def sample(tmp_path, ckpt, *arguments, name="x", ranks=1):
     out = tmp_path / f"{name}.npz"
     words = ["--ckpt", str(ckpt), "--out", str(out), *map(str, arguments)]
-    if processes == 1:
+    if ranks == 1:
         main(words)
     else:
-        result = run(*launch(processes), "sample.py", *words)
+        result = run(*launch(ranks), "sample.py", *words)
         assert result.returncode == 0, result.stderr
     return np.load(out)
 
@@ -55,19 +57,31 @@ def test_images_labels_and_picture(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["heun", "euler_maruyama"])
-def test_samples_do_not_depend_on_batches_or_processes(checkpoints, tmp_path, sampler):
+def test_samples_do_not_depend_on_batches(checkpoints, tmp_path, sampler):
     ckpt, common = checkpoints / "digits" / "last.pt", ["--num", "33", "--sampler", sampler, "--guidance_scale", "1.5"]
     whole = sample(tmp_path, ckpt, *common)["arr_0"].astype(int)
-    for other in (sample(tmp_path, ckpt, *common, "--batch_size", "7", name="y"), sample(tmp_path, ckpt, *common, name="z", processes=2)):
-        assert abs(other["arr_0"].astype(int) - whole).max() <= 1  # rounding
+    parts = sample(tmp_path, ckpt, *common, "--batch_size", "7", name="y")["arr_0"].astype(int)
+    assert abs(parts - whole).max() <= 1  # rounding
     assert len(np.unique(whole, axis=0)) == 33
+
+
+@pytest.mark.parametrize("num, ranks", [(33, 2), (2, 3)])
+def test_samples_and_trajectory_do_not_depend_on_ranks(checkpoints, tmp_path, num, ranks):
+    """The shares differ, and one of three ranks has none of two samples. An SDE draws noise at each step."""
+    ckpt = checkpoints / "digits" / "last.pt"
+    common = ["--num", num, "--sampler", "euler_maruyama", "--guidance_scale", "1.5", "--trajectory"]
+    one = sample(tmp_path, ckpt, *common, tmp_path / "one.gif")["arr_0"].astype(int)
+    more = sample(tmp_path, ckpt, *common, tmp_path / "more.gif", name="y", ranks=ranks)["arr_0"].astype(int)
+    assert abs(more - one).max() <= 1  # rounding
+    a, b = (np.stack(frames(tmp_path / f"{name}.gif")).astype(int) for name in ("one", "more"))
+    assert a.shape == b.shape and (abs(a - b) > 50).mean() < 0.01
 
 
 def test_every_option_matters(checkpoints, tmp_path):
     ckpt = checkpoints / "digits" / "last.pt"
-    options = ["", "--weights raw", "--sampler euler", "--sampling_steps 6", "--guidance_scale 3", "--seed 1", "--labels 4", "--grid edm",
-               "--guidance_scale 3 --guidance_t_max 0.5", "--sampler stochastic_heun", "--sampler stochastic_heun --sde_diffusion sin2",
-               "--bf16 True"]
+    options = ["", "--weights raw", "--sampler euler", "--sampling_steps 6", "--guidance_scale 3", "--seed 1",
+               "--labels 4", "--grid edm", "--guidance_scale 3 --guidance_t_max 0.5", "--sampler stochastic_heun",
+               "--sampler stochastic_heun --sde_diffusion sin2", "--bf16 True"]
     drawn = [sample(tmp_path, ckpt, "--num", "10", "--sampling_steps", "5", *o.split())["arr_0"] for o in options]
     for i in range(len(drawn)):
         for j in range(i):
@@ -78,30 +92,62 @@ def test_many_samples_are_drawn_compiled_if_one_likes(checkpoints, tmp_path, mon
     made = []
     monkeypatch.setattr(torch, "compile", lambda net: made.append(net) or net)
     monkeypatch.setattr("build.SAMPLING_STEPS", 20)
-    for words, compiled in (("", 0), ("--compile False", 0), ("--compile True", 1), ("--compile True --batch_size 40", 0)):
-        sample(tmp_path, checkpoints / "digits" / "last.pt", "--num", "40", "--batch_size", "4", "--sampling_steps", "2", *words.split())
+    common = ["--num", "40", "--batch_size", "4", "--sampling_steps", "2"]
+    all_at_once = "--compile True --batch_size 40"
+    for words, compiled in (("", 0), ("--compile False", 0), ("--compile True", 1), (all_at_once, 0)):
+        sample(tmp_path, checkpoints / "digits" / "last.pt", *common, *words.split())
         assert len(made) == capsys.readouterr().out.count("compiling the network") == compiled
         made.clear()
 
 
-def test_bf16_that_is_emulated_is_told_of(checkpoints, tmp_path, monkeypatch, capfd):
+def test_bf16_that_is_emulated_gets_a_warning(checkpoints, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("build.native_bf16", lambda device: False)
-    for words, told in (("--bf16 True", 1), ("", 0)):
+    for words, warnings in (("--bf16 True", 1), ("", 0)):
         sample(tmp_path, checkpoints / "digits" / "last.pt", "--num", "2", *words.split())
-        assert capfd.readouterr().err.count("this CPU emulates bfloat16") == told
+        assert capfd.readouterr().err.count("this CPU emulates bfloat16") == warnings
 
 
 def test_autoguidance(checkpoints, tmp_path, capfd):
-    """A run of fewer steps guides: its own network as guide changes nothing, another does; also where there are no labels."""
+    """A run of fewer steps guides. The network itself as guide changes nothing; it can guide without labels too."""
     ckpt, worse = checkpoints / "digits" / "last.pt", checkpoints / "worse" / "last.pt"
     plain, same, guided = (sample(tmp_path, ckpt, "--num", "10", *words)["arr_0"].astype(int) for words in (
         [], ["--guidance_scale", "2", "--guide", ckpt], ["--guidance_scale", "2", "--guide", worse]))
     assert abs(same - plain).max() <= 1 and abs(guided - plain).max() > 10
     points = checkpoints / "points" / "last.pt"
-    assert np.isfinite(sample(tmp_path, points, "--num", "10", "--guidance_scale", "2", "--guide", points)["arr_0"]).all()
-    for words, said in ((["--guide", worse], "does nothing"), (["--guide", points, "--guidance_scale", "2"], "differs in its data"),
-                        (["--guide", checkpoints / "other" / "last.pt", "--guidance_scale", "2"], "differs in process, model_type")):
-        assert said in fails(capfd, "--ckpt", ckpt, "--num", "2", "--out", tmp_path / "x.npz", *words)
+    strong = ["--guidance_scale", "2"]
+    assert np.isfinite(sample(tmp_path, points, "--num", "10", *strong, "--guide", points)["arr_0"]).all()
+    for words, error in (
+        (["--guide", worse], "does nothing"),
+        (["--guide", points, *strong], "differs in its data"),
+        (["--guide", checkpoints / "other" / "last.pt", *strong], "differs in process, model_type: expected"),
+    ):
+        assert error in fails(capfd, "--ckpt", ckpt, "--num", "2", "--out", tmp_path / "x.npz", *words)
+
+
+def test_a_guide_shares_what_the_process_reads(checkpoints, tmp_path, monkeypatch):
+    """Each parameter of the process, also of one that a project adds; and no setting that it does not read."""
+    class Own(PROCESSES["rf"]):
+        def __init__(self, min_snr_gamma=5.0):
+            pass
+
+    monkeypatch.setitem(PROCESSES, "own", Own)
+    state = saving.load(str(checkpoints / "points" / "last.pt"))
+
+    def guide(config, **changes):
+        saving.save(str(tmp_path), {**state, "config": {**state["config"], "process": config.process, **changes}})
+        return load_guide(str(tmp_path / "last.pt"), config, spec, CPU)
+
+    loaded = load(Options(ckpt=str(checkpoints / "points" / "last.pt")), CPU)
+    config, spec = loaded.config, loaded.spec
+    for process, read in (("linear_vp", ["beta_min"]), ("edm", ["sigma_max", "rho"]), ("own", ["min_snr_gamma"]),
+                          ("rf", ["sigma_data"])):
+        config.process = process
+        assert guide(config, base_lr=1.0, loss_weighting="edm") is not None
+        for name in read:
+            with pytest.raises(UserError, match=f"differs in {name}: expected"):
+                guide(config, **{name: 1.5})
+        for name in {"beta_min", "sigma_max", "rho", "min_snr_gamma"} - set(read):
+            assert guide(config, **{name: 1.5}) is not None
 
 
 def test_points(checkpoints, tmp_path):
@@ -126,6 +172,8 @@ def test_one_line_errors(checkpoints, tmp_path, capfd):
         (["--ckpt", digits, "--num", "0"], ["num is 0"]),
         (["--ckpt", digits, "--guidance_t_min", "1.5"], ["guidance_t_min 1.5 is above guidance_t_max 1.0"]),
         (["--ckpt", digits, "--num", "2", "--out", tmp_path / "no" / "x.npz"], ["a folder that is there"]),
+        (["--ckpt", digits, "--trajectory", tmp_path / "no" / "x.gif"], ["a FILE.gif in a folder that is there"]),
+        (["--ckpt", digits, "--trajectory", tmp_path / "x.png"], ["expected a FILE.gif"]),
         (["--ckpt", digits, "--num", "2", "--out", tmp_path / "x.png"], ["expected a FILE.npz"]),
         (["--ckpt", digits, "--seed", "-1"], ["seed is -1"]),
         (["--ckpt", digits, "--guidance_scale", "nan"], ["finite"]),
@@ -138,8 +186,87 @@ def test_one_line_errors(checkpoints, tmp_path, capfd):
             assert word in error, error
 
 
+# ---- Trajectories
+
+
+def frames(path) -> list[np.ndarray]:
+    image = Image.open(path)
+    found = []
+    for i in range(image.n_frames):
+        image.seek(i)
+        found.append(np.asarray(image.convert("RGB")))
+    return found
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_a_trajectory_goes_from_noise_to_the_samples(checkpoints, sampler):
+    run = load(Options(ckpt=str(checkpoints / "points" / "last.pt"), sampler=sampler, sampling_steps=10), CPU)
+    states = trajectory(run, 40, None)
+    assert states.shape == (11, 40, 2) and torch.equal(states[-1], run.draw(40, None)[0])
+    noise = run.spec.encode(states[0])
+    assert torch.equal(noise, run.spec.encode(trajectory(run, 40, None)[0])) and abs(noise.std() - 1) < 0.2
+
+
+def test_the_states_of_a_trajectory_are_those_of_the_sampler(checkpoints, monkeypatch):
+    """At every third time of the grid, for at most five; by Heun's method, two of whose calls are at one time."""
+    monkeypatch.setattr("sample.FRAMES", 5)
+    ckpt = str(checkpoints / "points" / "last.pt")
+    run = load(Options(ckpt=ckpt, sampler="heun", sampling_steps=12, grid="quadratic"), CPU)
+    run.net = GaussianMixture(run.process, "velocity", torch.full((1, 2), 0.7), 0.25)
+    states = run.spec.encode(trajectory(run, 30, None).flatten(0, 1)).reshape(-1, 30, 2)
+    times = make_grid(12, run.config.T_min, run.config.T_max, "quadratic")
+    field, x, expected = Field(run.net, run.process, "velocity"), states[0], []
+    for t, t_next in zip(times, times[1:]):
+        expected.append(x)
+        x = heun_step(field, x, t, t_next)
+    torch.testing.assert_close(states[:-1], torch.stack(expected[::3]))
+
+
+def test_a_trajectory_of_more_samples_than_memory_has_room_for(checkpoints):
+    """The sampler itself goes back to smaller batches, which would mix up the states."""
+    run = load(Options(ckpt=str(checkpoints / "points" / "last.pt"), sampling_steps=2), CPU)
+    net = run.net
+
+    def short_of_memory(xt, t, label):
+        if len(xt) > 10:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return net(xt, t, label)
+
+    run.net = short_of_memory
+    assert len(trajectory(run, 10, None)) == 3 and len(run.draw(40, None)[0]) == 40
+    with pytest.raises(UserError, match="too little memory to draw 40 samples of a trajectory"):
+        trajectory(run, 40, None)
+
+
+def test_noise_of_a_large_sigma_stays_in_the_picture(checkpoints, tmp_path):
+    state = saving.load(str(checkpoints / "points" / "last.pt"))
+    saving.save(str(tmp_path), {**state, "config": {**state["config"], "process": "ve_linear"}})
+    run = load(Options(ckpt=str(tmp_path / "last.pt"), sampling_steps=5), CPU)
+    assert abs(run.spec.encode(trajectory(run, 100, None)[0]).std() - 1) < 0.2
+
+
+@pytest.mark.parametrize("name, num, kilobytes", [("digits", 100, 150), ("points", 2000, 150)])
+def test_the_gif(checkpoints, tmp_path, name, num, kilobytes):
+    """A frame for each step and the samples, at which it pauses; the files of samples stay as they are."""
+    ckpt, common = checkpoints / name / "last.pt", ["--num", num, "--sampling_steps", "50", "--seed", "3"]
+    gif = ["--trajectory", tmp_path / "x.gif"]
+    plain, with_gif = (dict(sample(tmp_path, ckpt, *common, *words)) for words in ([], gif))
+    assert plain.keys() == with_gif.keys() and all(np.array_equal(plain[key], with_gif[key]) for key in plain)
+    image = Image.open(tmp_path / "x.gif")
+    assert image.n_frames == 51 and 250 <= image.width <= 350 and image.info["loop"] == 0
+    image.seek(0)
+    assert image.info["duration"] < 200
+    image.seek(50)
+    assert image.info["duration"] == 2000
+    assert (tmp_path / "x.gif").stat().st_size < 1000 * kilobytes
+
+
+# ---- As a user calls it
+
+
 def test_the_script(checkpoints, tmp_path):
-    """As a user calls it."""
-    result = run("python", "sample.py", "--ckpt", checkpoints / "points" / "last.pt", "--num", "3", "--out", tmp_path / "x.npz")
-    assert result.returncode == 0 and "3 samples of ema weights at step" in result.stdout and str(tmp_path / "x.png") in result.stdout
+    ckpt = checkpoints / "points" / "last.pt"
+    result = run("python", "sample.py", "--ckpt", ckpt, "--num", "3", "--out", tmp_path / "x.npz")
+    assert result.returncode == 0 and "3 samples of ema weights at step" in result.stdout
+    assert str(tmp_path / "x.png") in result.stdout
     assert_one_line_error(run("python", "sample.py", "--ckpt", "README.md"), "README.md cannot be read")

@@ -1,15 +1,15 @@
-"""Checkpoints: there and back, which are kept, damaged in every way, made to run code; run folders with other settings, or in use."""
+"""Checkpoints: saved, loaded, damaged, or made to run code; and run folders with other settings, or in use."""
 
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from torch import nn
 
 import saving
@@ -25,7 +25,8 @@ def save(folder, step=3, **settings):
 def test_there_and_back(tmp_path):
     save(tmp_path)
     again = saving.load(str(tmp_path / "last.pt"))
-    assert again.keys() == STATE.keys() and again["config"] == STATE["config"] and torch.equal(again["net"]["w"], STATE["net"]["w"])
+    assert again.keys() == STATE.keys() and again["config"] == STATE["config"]
+    assert torch.equal(again["net"]["w"], STATE["net"]["w"])
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "step_0000003.pt"]
     assert os.path.samefile(tmp_path / "last.pt", tmp_path / "step_0000003.pt")
 
@@ -73,7 +74,7 @@ def test_missing_truncated_and_foreign(tmp_path):
 
 
 def test_a_flipped_bit_anywhere_changes_nothing_or_is_found(tmp_path):
-    """Every byte of a small checkpoint in turn; the bytes that do not matter are zip's own, such as dates and padding."""
+    """Every byte of a small checkpoint in turn. The bytes that do not matter are zip's own, as dates and padding."""
     save(tmp_path)
     path, found = tmp_path / "last.pt", 0
     whole = path.read_bytes()
@@ -93,14 +94,15 @@ def test_a_flipped_bit_anywhere_changes_nothing_or_is_found(tmp_path):
 
 
 def test_a_digest_sees_types_shapes_names_and_order():
-    states = [{"a": torch.zeros(2, 3)}, {"a": torch.zeros(3, 2)}, {"a": torch.zeros(6)}, {"a": torch.zeros(2, 3, dtype=torch.int32)},
-              {"b": torch.zeros(2, 3)}, {"a": [1, 2]}, {"a": [2, 1]}, {"a": [1, [2]]}, {"a": [[1], 2]}, {"a": 1}, {"a": "1"}, {"a": None}]
+    states = [{"a": torch.zeros(2, 3)}, {"a": torch.zeros(3, 2)}, {"a": torch.zeros(6)},
+              {"a": torch.zeros(2, 3, dtype=torch.int32)}, {"b": torch.zeros(2, 3)}, {"a": [1, 2]}, {"a": [2, 1]},
+              {"a": [1, [2]]}, {"a": [[1], 2]}, {"a": 1}, {"a": "1"}, {"a": None}]
     assert len({saving.digest(state) for state in states}) == len(states)
     x = torch.randn(2, 3, 4, 4, dtype=torch.bfloat16)
     assert saving.digest(x.contiguous(memory_format=torch.channels_last)) == saving.digest(x)
 
 
-def test_damaged_ones_are_passed_over_in_one_line(tmp_path, capsys):
+def test_damaged_ones_are_skipped_in_one_line(tmp_path, capsys):
     for step in (1, 2, 3):
         save(tmp_path, step, keep=3)
     folder = str(tmp_path)
@@ -111,13 +113,16 @@ def test_damaged_ones_are_passed_over_in_one_line(tmp_path, capsys):
         state, path = saving.load_newest(folder)
         error = capsys.readouterr().err
         assert state["step"] == kept and path.endswith(f"step_{kept:07d}.pt")
-        assert error.count("\n") == 1 and "last.pt cannot be read" in error and f"going back to {path}, of step {kept}" in error
-    assert saving.settings_of(folder) == STATE["config"]
-    save(tmp_path, 2, keep=1)  # the run goes on, and writes over them
+        assert error.count("\n") == 1 and "last.pt cannot be read" in error
+        assert f"going back to {path}, of step {kept}" in error
+    assert saving.load_newest(folder)[0]["config"] == STATE["config"]
+    capsys.readouterr()
+    save(tmp_path, 2, keep=1)  # the run resumes, and writes over them
     assert saving.load_newest(folder)[0]["step"] == 2 and [n for n, _ in saving.numbered(folder)] == [3, 2]
     for path in saving.checkpoints(folder):
         open(path, "w").close()
-    with pytest.raises(UserError, match="no checkpoint that can be read: .*last.pt cannot be read.*--run_name, or remove"):
+    words = "no checkpoint that can be read: .*last.pt cannot be read.*--run_name, or remove"
+    with pytest.raises(UserError, match=words):
         saving.load_newest(folder)
 
 
@@ -155,8 +160,8 @@ def test_run_folder(tmp_path, saved):
     folder, metrics = str(tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
     settings = {"lr": 0.1, "mults": (1, 2), "bf16": None, "log_every": 5}
     plain = {"lr": 0.1, "mults": [1, 2], "bf16": None, "log_every": 5}
-    assert open_run(folder, {**settings, "lr": 0.3}) is False
-    assert open_run(folder, settings) is False  # nothing there to lose yet
+    assert open_run(folder, {**settings, "lr": 0.3}) is None
+    assert open_run(folder, settings) is None  # nothing there to lose yet
     assert json.load(open(tmp_path / "run" / "config.json")) == plain
     if saved:
         saving.save(folder, {**STATE, "config": plain})
@@ -164,7 +169,7 @@ def test_run_folder(tmp_path, saved):
         (tmp_path / "run" / "last.pt.tmp77").write_text("of a save that was killed")
     else:
         metrics.write_text('{"step": 1}\n')
-    assert open_run(folder, {**settings, "log_every": 7}) is saved
+    assert open_run(folder, {**settings, "log_every": 7}) == (os.path.join(folder, "last.pt") if saved else None)
     assert json.load(open(tmp_path / "run" / "config.json"))["log_every"] == 7
     assert not (tmp_path / "run" / "last.pt.tmp77").exists()
     with pytest.raises(UserError, match=r"lr \(0.1 there, 0.2 now\), new \(None there, 1 now\); .*another --run_name"):
@@ -176,7 +181,7 @@ def test_a_setting_that_was_added_since(tmp_path):
     """The run was made as if with its default."""
     save(tmp_path)
     settings = {**STATE["config"], "added": 5}
-    assert saving.open_run(str(tmp_path), settings, {"added": 5}, set()) is True
+    assert saving.open_run(str(tmp_path), settings, {"added": 5}, set()) == str(tmp_path / "last.pt")
     with pytest.raises(UserError, match=r"other settings: added \(6 there, 5 now\)"):
         saving.open_run(str(tmp_path), settings, {"added": 6}, set())
 
@@ -199,19 +204,22 @@ def test_run_folder_that_cannot_be(tmp_path):
 def test_a_folder_in_use_is_refused(tmp_path, monkeypatch):
     """By another process as long as it lives; this one may open it again."""
     folder = str(tmp_path / "run")
-    code = "import sys, time, saving; saving.open_run(sys.argv[1], {}, {}, set()); print('open', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+    code = "import sys, saving; saving.open_run(sys.argv[1], {}, {}, set()); print('open', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "open\n"
         monkeypatch.setattr(saving, "WAIT_FOR_LOCK", 0.2)
         with pytest.raises(UserError, match=rf"in use by process {other.pid} on .*, started .*--run_name"):
             open_run(folder, {})
-        threading.Timer(1.0, other.kill).start()
-        monkeypatch.setattr(saving, "WAIT_FOR_LOCK", 30)
-        assert open_run(folder, {}) is False  # it waited for the end of the other one
-    assert open_run(folder, {}) is False
+        monkeypatch.setattr(saving, "WAIT_FOR_LOCK", PATIENCE)
+        monkeypatch.setattr(saving.time, "sleep", lambda seconds: other.kill())  # called when it waits
+        assert open_run(folder, {}) is None  # it waited for the end of the other one
+        assert other.wait() == -signal.SIGKILL
+    assert open_run(folder, {}) is None
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(saving.fcntl, "flock", lambda *arguments: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
-    assert open_run(str(tmp_path / "run"), {}) is False
+    failure = OSError(38, "Function not implemented")
+    monkeypatch.setattr(saving.fcntl, "flock", lambda *arguments: (_ for _ in ()).throw(failure))
+    assert open_run(str(tmp_path / "run"), {}) is None
     assert "without locks" in capsys.readouterr().err

@@ -1,6 +1,7 @@
-"""The trainer: the loss against the formula, randomness by (seed, step), exact resume, what a grid shows, that it learns."""
+"""The trainer: the loss against the formula, randomness by (seed, step), exact resuming, grids, and learning."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, flags, make, metrics_of, run, tiny
+from PIL import Image
 
 import saving
 from build import check_settings
@@ -22,6 +24,7 @@ from trainer import DiffusionTrainer
 from utils import UserError, seed_torch
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("without_curves")
 
 
 def weights(trainer):
@@ -47,14 +50,16 @@ def test_loss_is_the_mean_squared_error_of_every_target(tmp_path, digits, model_
         assert losses.shape == (16,) and losses.dtype == torch.float32 and losses.requires_grad
         c = trainer.process.coefs(batch.t, 4)
         xt = c.alpha * batch.x0 + c.sigma * batch.x1
-        error = convert(trainer.net(xt, batch.t, batch.label), xt, c, model_type, target_type) - target(target_type, c, batch.x0, batch.x1)
+        prediction = convert(trainer.net(xt, batch.t, batch.label), xt, c, model_type, target_type)
+        error = prediction - target(target_type, c, batch.x0, batch.x1)
         torch.testing.assert_close(losses, error.square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("weighting", list(LOSS_WEIGHTINGS))
 def test_loss_weighting(tmp_path, digits, weighting):
     settings = dict(process="cosine", target_type="v", T_min=0.05, T_max=0.95, min_snr_gamma=2.0, sigmoid_bias=-1.0)
-    plain, trainer = make(tmp_path, digits, **settings), make(tmp_path, digits, run_name="w", loss_weighting=weighting, **settings)
+    plain = make(tmp_path, digits, **settings)
+    trainer = make(tmp_path, digits, run_name="w", loss_weighting=weighting, **settings)
     randomize(plain.net), randomize(trainer.net)
     batch = trainer.prepare_batch(0)
     weight = loss_weight(trainer.process.coefs(batch.t), weighting, "v", min_snr_gamma=2.0, sigmoid_bias=-1.0)
@@ -63,28 +68,29 @@ def test_loss_weighting(tmp_path, digits, weighting):
 
 
 def test_importance_weights_estimate_the_loss_of_uniform_times(tmp_path, digits):
-    """Within 4 standard errors; `mode` has a density bounded from below. What is minimized and logged is the weighted mean."""
-    settings = dict(batch_size=2048, time_sampler="mode", mode_scale=-0.9, target_type="x0", num_training_steps=1, warmup_steps=0)
+    """Within 4 standard errors; the density of `mode` is bounded from below. The logged loss is the weighted mean."""
+    settings = dict(batch_size=2048, time_sampler="mode", mode_scale=-0.9, target_type="x0", num_training_steps=1,
+                    warmup_steps=0)
     uniform = make(tmp_path, digits, **{**settings, "time_sampler": "uniform"})
     plain = make(tmp_path, digits, run_name="p", **settings)
     trainer = make(tmp_path, digits, run_name="w", importance_weights=True, **settings)
     losses = []
     with torch.no_grad():
         for t in (uniform, plain, trainer):
-            losses.append(torch.cat([batch.weight * t.loss(batch) for batch in map(t.prepare_batch, range(4))]))
+            losses.append(torch.cat([batch.importance * t.loss(batch) for batch in map(t.prepare_batch, range(4))]))
     error = sum(x.var() / len(x) for x in losses[::2]) ** 0.5
     assert abs(losses[2].mean() - losses[0].mean()) < 4 * error < abs(losses[1].mean() - losses[0].mean())
-    assert (plain.prepare_batch(0).weight == 1).all()
+    assert (plain.prepare_batch(0).importance == 1).all()
     trainer.train()
     (line,) = map(json.loads, open(tmp_path / "w" / "metrics.jsonl"))
     assert line["loss"] == pytest.approx(losses[2][:2048].mean().item(), rel=1e-4)
 
 
 def test_the_gradient_is_that_of_the_weighted_mean(tmp_path, digits):
-    trainer = make(tmp_path, digits, time_sampler="mode", importance_weights=True, grad_clip_norm=0.0, num_training_steps=1, warmup_steps=0,
-                   accumulation_steps=2)
+    trainer = make(tmp_path, digits, time_sampler="mode", importance_weights=True, grad_clip_norm=0.0,
+                   num_training_steps=1, warmup_steps=0, accumulation_steps=2)
     batch = trainer.prepare_batch(0)
-    (batch.weight * trainer.loss(batch)).mean().backward()
+    (batch.importance * trainer.loss(batch)).mean().backward()
     expected = torch.cat([p.grad.flatten() for p in trainer.net.parameters()]).norm().item()
     trainer.optimizer.zero_grad()
     trainer.train()
@@ -94,7 +100,8 @@ def test_the_gradient_is_that_of_the_weighted_mean(tmp_path, digits):
 
 def test_losses_by_quarter_of_t_are_logged(tmp_path, digits):
     """The mean of the losses in each quarter, whatever their weight in the mean of all."""
-    trainer = make(tmp_path, digits, time_sampler="mode", importance_weights=True, num_training_steps=1, warmup_steps=0, batch_size=64)
+    trainer = make(tmp_path, digits, time_sampler="mode", importance_weights=True, num_training_steps=1,
+                   warmup_steps=0, batch_size=64)
     batch = trainer.prepare_batch(0)
     losses = trainer.loss(batch).detach()
     trainer.train()
@@ -105,8 +112,10 @@ def test_losses_by_quarter_of_t_are_logged(tmp_path, digits):
 
 
 def test_edm_as_in_the_paper(tmp_path, digits):
-    """The preset cifar10_edm: D = c_skip x + c_out F(c_in x, log(sigma) / 4), weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2
-    (Karras et al. 2022, eqs. 7 and 8)."""
+    """The preset cifar10_edm: D = c_skip x + c_out F(c_in x, log(sigma) / 4), Karras et al. 2022, eqs. 7 and 8.
+
+    The weight is (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
+    """
     edm = {k: v for k, v in PRESETS["cifar10_edm"].items() if k not in ("run_name", "sampling_steps")}
     trainer = make(tmp_path, digits, **edm)
     randomize(trainer.net)
@@ -140,12 +149,12 @@ def test_a_batch_is_a_function_of_seed_and_step(tmp_path, digits):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_processes_share_the_batch_of_one(tmp_path, digits, monkeypatch, world):
-    """Rank r has the rows of one process's batch, for everything random, also for a stratified time sampler."""
+def test_ranks_share_the_batch_of_one(tmp_path, digits, world):
+    """Rank r has its rows of the batch of one rank, for everything random, also for a stratified time sampler."""
     whole = make(tmp_path, digits, random_flip=True, time_sampler="stratified").prepare_batch(3)
     trainer, parts = make(tmp_path, digits, run_name="b", random_flip=True, time_sampler="stratified"), []
     for rank in range(world):
-        trainer.rows = range(16 * rank // world, 16 * (rank + 1) // world)
+        trainer.own_rows = range(16 * rank // world, 16 * (rank + 1) // world)
         parts.append(trainer.prepare_batch(3))
     for name in ("x0", "x1", "t", "label"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
@@ -176,17 +185,17 @@ def test_accumulation_changes_nothing(tmp_path, digits):
     runs = [make(tmp_path, digits, run_name=f"a{parts}", accumulation_steps=parts, base_lr=1e-3) for parts in (1, 2, 4)]
     for trainer in runs:
         trainer.train()
-    norms = [[json.loads(line)["grad_norm"] for line in open(tmp_path / f"a{parts}" / "metrics.jsonl")] for parts in (1, 2, 4)]
+    norms = [[line["grad_norm"] for line in metrics_of(tmp_path / f"a{parts}")] for parts in (1, 2, 4)]
     for trainer, norm in zip(runs[1:], norms[1:]):
         torch.testing.assert_close(weights(trainer), weights(runs[0]), rtol=1e-3, atol=1e-5)
         assert norm == pytest.approx(norms[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("stop", [3, 4])
-def test_going_on_is_bit_equal(tmp_path, digits, stop):
-    """Weights, EMA, optimizer, metrics of a run stopped and taken up are those of one that was not; with dropout, and in the middle of
-    a window of the log."""
-    settings = dict(dropout=0.3, lr_schedule="constant", log_every=5, random_flip=True, accumulation_steps=2, num_training_steps=10)
+def test_resuming_is_bit_equal(tmp_path, digits, stop):
+    """Weights, EMA and optimizer are those of a run without a stop; with dropout, and inside a window of the log."""
+    settings = dict(dropout=0.3, lr_schedule="constant", log_every=5, random_flip=True, accumulation_steps=2,
+                    num_training_steps=10)
     straight = make(tmp_path, digits, run_name="straight", **settings)
     straight.train()
     make(tmp_path, digits, run_name="broken", **{**settings, "num_training_steps": stop, "log_every": 100}).train()
@@ -204,8 +213,8 @@ def test_going_on_is_bit_equal(tmp_path, digits, stop):
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_going_on_in_another_memory_layout(tmp_path, digits, before):
-    """The moments follow the weights' layout, along which fused AdamW walks: the same step from the same gradients."""
+def test_resuming_in_another_memory_layout(tmp_path, digits, before):
+    """The moments get the weights' layout, which fused AdamW expects: the same gradients give the same step."""
     trainer = make(tmp_path, digits, channels_last=before, base_lr=1e-2)
     trainer.train()
     resumed = make(tmp_path, digits, channels_last=not before, base_lr=1e-2)
@@ -223,7 +232,7 @@ def test_going_on_in_another_memory_layout(tmp_path, digits, before):
     torch.testing.assert_close(weights(resumed), weights(trainer), rtol=1e-5, atol=1e-6)
 
 
-def test_going_on_with_other_data_is_refused(tmp_path, digits):
+def test_resuming_with_other_data_is_refused(tmp_path, digits):
     make(tmp_path, digits).train()
     other = make_dataset(digits.data[:, :, :, :4], digits.labels)
     with pytest.raises(UserError, match=r"other data, shape \[1, 8, 8\], not \[1, 8, 4\]: .*--run_name"):
@@ -232,19 +241,24 @@ def test_going_on_with_other_data_is_refused(tmp_path, digits):
         make(tmp_path, make_dataset(digits.data, digits.labels % 8), num_training_steps=5)
 
 
-def test_metrics_window_goes_on(tmp_path, digits):
+def test_the_window_of_metrics_is_resumed(tmp_path, digits):
     """The mean over the log's window is the same when the run is stopped inside it."""
     settings = dict(lr_schedule="constant", log_every=4, num_training_steps=4, save_every=1)
     straight = make(tmp_path, digits, run_name="straight", **settings)
     straight.train()
     broken = make(tmp_path, digits, run_name="broken", **settings)
-    broken.save, save = lambda: (save(), (_ for _ in ()).throw(KeyboardInterrupt) if broken.step == 2 else None), broken.save
+    save = broken.save
+
+    def save_and_break():
+        save()
+        if broken.step == 2:
+            raise KeyboardInterrupt
+
+    broken.save = save_and_break
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     make(tmp_path, digits, run_name="broken", **settings).train()
-    (a,), (b,) = ([line for line in open(tmp_path / name / "metrics.jsonl")] for name in ("straight", "broken"))
-    a, b = json.loads(a), json.loads(b)
-    a.pop("images_per_second"), b.pop("images_per_second")
+    (a,), (b,) = (metrics_of(tmp_path / name) for name in ("straight", "broken"))
     assert a == b and a["step"] == 4
 
 
@@ -265,7 +279,8 @@ def test_the_rate_is_set_before_its_step(tmp_path, digits):
     assert used == [trainer.learning_rate(s) for s in range(4)] and used[:2] == [5e-4, 1e-3]
 
 
-def test_all_grids_are_drawn_and_their_noise_is_the_same(tmp_path, digits):
+def test_all_grids_are_drawn_and_their_noise_is_the_same(tmp_path, digits, monkeypatch):
+    monkeypatch.undo()  # of without_curves
     trainer = make(tmp_path, digits, sample_every=2)
     trainer.train()
     names = {f"{w}_{s}_{n:07d}.png" for w in ("raw", "ema") for s in ("heun", "euler_maruyama") for n in (2, 4)}
@@ -291,7 +306,7 @@ def test_the_end_names_the_picture_of_the_sampler(tmp_path, digits, capsys):
 def test_one_sampler_in_both_places_is_drawn_once(tmp_path, digits):
     trainer = make(tmp_path, digits, sampler="ancestral", sde_sampler="ancestral")
     drawn = []
-    trainer.picture = lambda points: drawn.append(points) or __import__("PIL.Image").Image.new("RGB", (8, 8))
+    trainer.picture = lambda points: drawn.append(points) or Image.new("RGB", (8, 8))
     trainer.train()
     assert len(drawn) == 3  # real, raw and EMA
 
@@ -302,7 +317,7 @@ def trainer_picture(trainer, n):
 
 def test_real_data_stand_by_class(tmp_path, digits):
     trainer, shown = make(tmp_path, digits, num_samples=30), []
-    trainer.picture = lambda points: shown.append(points) or __import__("PIL.Image").Image.new("RGB", (8, 8))
+    trainer.picture = lambda points: shown.append(points) or Image.new("RGB", (8, 8))
     trainer.show_data()
     for i, image in enumerate(shown[0]):
         same = (digits.data == image.numpy()).all(axis=(1, 2, 3))
@@ -322,7 +337,7 @@ def test_a_label_that_no_item_has_many_labels_and_none(tmp_path, digits):
     images = np.full((4, 1, 8, 8), 100, np.uint8)
     trainer = make(tmp_path, make_dataset(images, np.array([0, 2, 0, 2])), num_samples=6)
     shown = []
-    trainer.picture = lambda points: shown.append(points) or __import__("PIL.Image").Image.new("RGB", (8, 8))
+    trainer.picture = lambda points: shown.append(points) or Image.new("RGB", (8, 8))
     trainer.show_data()
     assert shown[0].amax((1, 2, 3)).tolist() == [100, 0, 100, 100, 0, 100]
     labels = np.arange(80) % 40  # more classes than samples: the first of them, as the samples' labels
@@ -336,7 +351,8 @@ def test_a_label_that_no_item_has_many_labels_and_none(tmp_path, digits):
 
 
 def test_overfit_one_batch_learns_it(tmp_path, digits):
-    settings = dict(overfit_one_batch=True, num_training_steps=150, warmup_steps=5, base_lr=5e-3, log_every=50, model_channels=16)
+    settings = dict(overfit_one_batch=True, num_training_steps=150, warmup_steps=5, base_lr=5e-3, log_every=50,
+                    model_channels=16)
     trainer = make(tmp_path, digits, **settings)
     first = trainer.loss(trainer.prepare_batch(0)).mean().item()
     trainer.train()
@@ -349,15 +365,15 @@ def test_overfit_one_batch_learns_it(tmp_path, digits):
 
 
 @pytest.mark.parametrize("process", list(PROCESSES))
-def test_check_settings_lets_everything_pass_on_the_usual_times(process):
-    for kind in PREDICTIONS:
-        for to in PREDICTIONS:
-            for weighting in LOSS_WEIGHTINGS:
-                check_settings(Config(process=process, model_type=kind, target_type=to, loss_weighting=weighting, precondition=True))
+def test_check_settings_accepts_everything_on_the_usual_times(process):
+    for model_type, target_type, weighting in itertools.product(PREDICTIONS, PREDICTIONS, LOSS_WEIGHTINGS):
+        check_settings(Config(process=process, model_type=model_type, target_type=target_type,
+                              loss_weighting=weighting, precondition=True))
     for time_sampler in TIME_SAMPLERS:
         check_settings(Config(process=process, time_sampler=time_sampler, importance_weights=True))
     if process in ("ve", "ve_linear", "edm"):
-        check_settings(Config(process=process, T_min=0.0, T_max=1.0, target_type="score", loss_weighting="edm", grid="log_snr"))
+        check_settings(Config(process=process, T_min=0.0, T_max=1.0, target_type="score", loss_weighting="edm",
+                              grid="log_snr"))
 
 
 ENDS = dict(T_min=0.0, T_max=1.0)
@@ -367,8 +383,10 @@ ENDS = dict(T_min=0.0, T_max=1.0)
     (dict(T_min=0.0, target_type="score"), "T_min 0.*--T_min 1e-4"),
     (dict(T_max=1.0, model_type="x1", target_type="x0"), "T_max 1.*x0 from a network that predicts x1.*--T_max 0.9999"),
     (dict(**ENDS, loss_weighting="edm"), "T_min 0.*the loss weighting edm.*--T_min 1e-4"),
-    (dict(**ENDS, precondition=True), "T_min 0.*which precondition shows the network, is not finite there; use --T_min 1e-4"),
-    (dict(**ENDS, time_sampler="edm_log_normal", importance_weights=True), "T_min 0.*importance weight of edm_log_normal"),
+    (dict(**ENDS, precondition=True),
+     "T_min 0.*which precondition gives the network, is not finite there; use --T_min 1e-4"),
+    (dict(**ENDS, time_sampler="edm_log_normal", importance_weights=True),
+     "T_min 0.*importance weight of edm_log_normal"),
     (dict(**ENDS, grid="log_snr"), "grid log_snr.*--grid uniform"),
     (dict(time_sampler="edm_log_normal", edm_P_mean=50.0), "edm_P_mean 50.0 .*fewer than one time in 1,000"),
     (dict(coupling="ot", sde_sampler="ancestral"), "ancestral needs the score.*coupling ot.*--sde_sampler None"),
@@ -379,7 +397,7 @@ def test_check_settings_finds_what_is_not_finite_or_not_there(changes, words):
         check_settings(Config(**changes))
 
 
-def test_check_settings_lets_the_ends_pass_where_they_are_finite():
+def test_check_settings_accepts_the_ends_where_they_are_finite():
     check_settings(Config(**ENDS))
     check_settings(Config(coupling="ot", sde_sampler=None, sampler="dpmpp_2m"))
 
@@ -393,13 +411,15 @@ def test_points_and_settings_that_do_not_fit(tmp_path, digits):
     with pytest.raises(UserError, match="--network unet"):
         DiffusionTrainer(dataclasses.replace(config, run_name="x"), digits, CPU)
     with pytest.raises(UserError, match="hidden_dim"):
-        DiffusionTrainer(dataclasses.replace(config, hidden_dim=32), points, CPU)
+        DiffusionTrainer(dataclasses.replace(config, hidden_dim=32), points, CPU).open_run()
 
 
-@pytest.mark.parametrize("changes", [dict(bf16=True), dict(channels_last=False), dict(num_layers=1, network="mlp", dataset="moons")])
+@pytest.mark.parametrize("changes", [
+    dict(bf16=True), dict(channels_last=False), dict(num_layers=1, network="mlp", dataset="moons"),
+])
 def test_weights_and_moments_stay_float32(tmp_path, digits, changes):
     data = load_dataset("moons") if "dataset" in changes else digits
-    trainer = make(tmp_path, data, **changes) if data is digits else DiffusionTrainer(tiny(tmp_path, **changes), data, CPU)
+    trainer = make(tmp_path, data, **changes)
     trainer.train()
     state = trainer.state()
     moments = [v for s in state["optimizer"]["state"].values() for v in s.values()]
@@ -421,5 +441,6 @@ def test_compiled_training_gives_the_same_losses(tmp_path, digits, monkeypatch):
 
 def test_no_compiler_in_one_line(tmp_path):
     words = flags(tiny(tmp_path, network="mlp", dataset="moons", class_conditional=False, compile=True))
-    result = run("python", ROOT / "main.py", *words, CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    result = run("python", ROOT / "main.py", *words, CXX="/nowhere/g++",
+                 TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     assert_one_line_error(result, "torch.compile failed", "--compile False")
