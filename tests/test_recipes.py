@@ -1,94 +1,204 @@
-"""Does what the README's recipes say, each with a change to one file of a copy of the project."""
+"""Does what README.md and docs/ say: the recipes, all in one copy of the project; their scripts, commands and links."""
 
+import ast
 import json
 import re
+import shlex
 import shutil
+import textwrap
 
+import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line_error, flags, launch, run, tiny
+from conftest import ROOT, flags, launch, make, run, tiny
+from sklearn.datasets import load_digits
+
+import evaluate
+import sample
+from command_line import parse, read_config
+from data_utils import load_dataset
 
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = README.split("\n## Change one thing\n")[1].split("\n## ")[0].split("\n### ")[1:]
 
 
-def recipe(title):
-    """The code blocks of a recipe, each with the file that its heading line names."""
-    section = README.split(f"### {title}\n")[1].split("\n### ")[0].split("\n## ")[0]
-    return re.findall(r"`(\w+\.py)`.*?```python\n(.*?)```", section, re.S)
+# ---- A copy of the project, changed as the README says
 
 
-def train_copy(tmp_path, changed, *arguments):
-    """Trains a few steps with a copy of the project in which (old, new) is replaced in one file."""
-    copy = tmp_path / "project"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "tests", "data", "ckpts", "__pycache__", "wandb"))
-    for file, old, new in changed:
-        text = (copy / file).read_text()
-        assert text.count(old) == 1
-        (copy / file).write_text(text.replace(old, new))
-    result = run("python", "main.py", "digits", *flags(tiny(tmp_path)), *arguments, cwd=copy)
+def copy_of_project(folder):
+    ignored = shutil.ignore_patterns(".git", ".*_cache", "__pycache__", "data", "ckpts", "wandb")
+    return shutil.copytree(ROOT, folder, ignore=ignored)
+
+
+def definition(tree, name: str):
+    """The node that defines `name`: a class, a function, or a dictionary."""
+    (node,) = [node for node in tree.body if name in (getattr(node, "name", None), *map(
+        ast.unparse, getattr(node, "targets", [])))]
+    return node
+
+
+def insert(path, name: str, code: str):
+    """Writes a recipe into a file: its entry into the dictionary `name` and the rest above it; or, of a function or a
+    class `name`, above the last line, indented as that line."""
+    lines = path.read_text().splitlines()
+    node = definition(ast.parse("\n".join(lines)), name)
+    if isinstance(node, ast.Assign):
+        (entry,) = re.findall(rf"^# {name} = {{\.\.\., (.*)}}$", code, re.M)
+        line, column = node.value.lineno - 1, node.value.col_offset + 1  # after the {
+        assert isinstance(node.value, ast.Dict)
+        lines[line] = f"{lines[line][:column]}{entry}, {lines[line][column:]}"
+        last = node
+    else:
+        last = node.body[-1]
+        assert isinstance(last, ast.Return if isinstance(node, ast.FunctionDef) else ast.AnnAssign)
+    lines.insert(last.lineno - 1, textwrap.indent(textwrap.dedent(code), last.col_offset * " "))
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project with all recipes, each where the README says."""
+    copy = copy_of_project(tmp_path_factory.mktemp("recipes") / "project")
+    for recipe in RECIPES:
+        words, code = re.fullmatch(r"(.*?)```python\n(.*?)```\s*", recipe, re.S).groups()
+        for setting in re.findall(r"`(\w+: [^`]+ # [^`]+)`", words):
+            insert(copy / "config.py", "Config", setting)
+        file, place = re.search(r"In `(\w+\.py)`, (.*)", words, re.S).groups()
+        for name in re.findall(r"(?:above|of)\s`(\w+)`", place)[: 1 if place.startswith("above") else None]:
+            insert(copy / file, name, code)
+    return copy
+
+
+def run_mains(copy, **arguments):
+    """Calls the `main` of scripts of the copy, one after the other, in one process; classifiers take 5 steps."""
+    program = "import metrics\nmetrics.CLASSIFIER_STEPS = 5\n" + "".join(
+        f"import {script}\n{script}.main({list(map(str, words))})\n" for script, words in arguments.items())
+    result = run("python", "-c", program, cwd=copy)
     assert result.returncode == 0, result.stderr
-    (last,) = [json.loads(line) for line in open(tmp_path / "digits" / "metrics.jsonl")][-1:]
-    assert last["step"] == 4
-    return result, copy, last
 
 
-def row(table, code):
-    """A row for the dictionary: the change that the recipe's last line, a comment, shows."""
-    return re.search(rf"{table} = {{\.\.\., (.*?)}}", code).group(1)
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("title, table, arguments", [
-    ("Your own data set", "DATASETS", ["--dataset", "stripes"]),
-    ("Your own process", "PROCESSES", ["--process", "power"]),
-    ("Your own time sampler", "TIME_SAMPLERS", ["--time_sampler", "late"]),
-    ("Your own architecture", "NETWORKS", ["--network", "tiny"]),
-])
-def test_a_new_entry_of_a_dictionary(tmp_path, title, table, arguments):
-    ((file, code),) = recipe(title)
-    start = f"\n{table} = {{"
-    changed = [(file, start, f"\n{code}\n{start}{row(table, code)}, ")]
-    _, copy, _ = train_copy(tmp_path, changed, *arguments)
-    assert arguments[1] in run("python", "main.py", "--help", cwd=copy, COLUMNS="300").stdout
+# ---- The recipes
 
 
-def test_the_oracle_in_a_script(tmp_path):
-    (code,) = re.findall(r"`oracle.py` is.*?```python\n(.*?)```", README, re.S)
-    (tmp_path / "script.py").write_text(code)
-    result = run("python", tmp_path / "script.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
+def test_all_recipes_are_found(project):
+    assert len(RECIPES) == 6
+    for name in ("stripes", "Power", "power: Positive", "Late", "Tiny", "Robust", "mean_shift"):
+        changed = [path.name for path in project.glob("*.py") if name in path.read_text()]
+        assert changed and not any(name in (ROOT / file).read_text() for file in changed), name
+
+
+def test_entries_of_dictionaries(project, tmp_path):
+    """Data set, process with its setting, time sampler and architecture train together; images get the new metric."""
+    chosen = dict(dataset="stripes", process="power", time_sampler="late", network="tiny")
+    words = [word for name, value in chosen.items() for word in (f"--{name}", value)]
+    config = tiny(tmp_path, evaluate_every=4, evaluation_samples=30, importance_weights=True)
+    run_mains(project, main=["digits", *flags(config), *words, "--power", "3"])
+    made = json.loads((tmp_path / "digits" / "config.json").read_text())
+    assert {**chosen, "power": 3.0}.items() <= made.items()
+    assert [line["step"] for line in lines_of(tmp_path / "digits")] == [1, 2, 3, 4, 4]
+    assert lines_of(tmp_path / "digits")[-1]["classifier_mean_shift"] > 0
+    shown = run("python", "main.py", "--help", cwd=project, COLUMNS="300").stdout
+    assert all(name in shown for name in (*chosen.values(), "robust", "exponent of t"))
+    refused = run("python", "main.py", "digits", "--power", "-1", cwd=project)
+    assert "power is -1.0: expected more than 0" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def robust(project, tmp_path_factory):
+    """A run by the README's trainer, on vectors, evaluated and sampled: folder, settings, and options of evaluation."""
+    folder = tmp_path_factory.mktemp("robust")
+    np.save(folder / "digits.npy", load_digits().data)  # vectors (1797, 64)
+    config = tiny(folder, dataset=str(folder / "digits.npy"), network="mlp", hidden_dim=32, class_conditional=False)
+    last = folder / "digits" / "last.pt"
+    options = ["--ckpt", last, "--num", "10", "--seeds", "1", "--likelihood_num", "0", "--loss_num", "500"]
+    run_mains(project, main=[*flags(config), "--trainer", "robust"],
+              evaluate=[*options, "--out", folder / "1"],
+              sample=["--ckpt", last, "--num", "4", "--out", folder / "x.npz"])
+    return folder, config, options
+
+
+def test_your_own_trainer(project, robust):
+    """Its loss is nearly the square root of the usual one, in training and in evaluation, on one rank and two."""
+    folder, config, options = robust
+    make(folder, load_dataset(config.dataset), **{**vars(config), "run_name": "plain"}).train()
+    loss, plain = (lines_of(folder / name)[-1]["loss"] for name in ("digits", "plain"))
+    assert loss == pytest.approx(plain**0.5, rel=0.1) and abs(loss - plain) > 0.1
+    result = run(*launch(2), "evaluate.py", *options, "--out", folder / "2", cwd=project)
     assert result.returncode == 0, result.stderr
-    assert float(re.search(r"tensor\((.*?)[,)]", result.stdout).group(1)) < 1e-3
+    one, two = (json.loads((folder / name / "card.json").read_text())["loss"]["raw_train"] for name in "12")
+    assert one == pytest.approx(two, rel=1e-4)
+    assert (folder / "x.npz").exists()
+    assert one == pytest.approx(loss, rel=0.1)
 
 
-def test_your_own_trainer(tmp_path):
-    """Trained, sampled, and evaluated by its own loss, which is nearly the square root of the usual one, on one process and two."""
-    ((file, code),) = recipe("Your own trainer")
-    start = "\nTRAINERS = {"
-    changed = [(file, start, f"\n{code}\n{start}{row('TRAINERS', code)}, ")]
-    _, copy, last = train_copy(tmp_path, changed, "--trainer", "robust")
-    plain = run("python", "main.py", "digits", *flags(tiny(tmp_path, run_name="plain")))
-    assert plain.returncode == 0
-    plain = json.loads(open(tmp_path / "plain" / "metrics.jsonl").readlines()[-1])["loss"]
-    assert last["loss"] == pytest.approx(plain**0.5, rel=0.1) and abs(last["loss"] - plain) > 0.1
-    losses = []
-    for words in (["python"], launch(2)):
-        result = run(*words, "evaluate.py", "--ckpt", tmp_path / "digits" / "last.pt", "--out", tmp_path / "card", "--num", "10",
-                     "--seeds", "1", "--likelihood_num", "0", "--loss_num", "500", "--neighbours_num", "0", cwd=copy)
-        assert result.returncode == 0, result.stderr
-        losses.append(json.loads((tmp_path / "card" / "card.json").read_text())["loss"]["raw_train"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0] == pytest.approx(last["loss"], rel=0.1)
-    drawn = run("python", "sample.py", "--ckpt", tmp_path / "digits" / "last.pt", "--num", "4", "--out", tmp_path / "x.npz", cwd=copy)
-    assert drawn.returncode == 0, drawn.stderr
-    elsewhere = run("python", "sample.py", "--ckpt", tmp_path / "digits" / "last.pt", "--num", "4", "--out", tmp_path / "x.npz")
-    assert_one_line_error(elsewhere, "'robust' is not known here: expected one of diffusion")
+def test_a_checkpoint_of_a_trainer_that_is_not_here(tmp_path, digits, capsys):
+    trainer = make(tmp_path, digits)
+    trainer.config.trainer = "robust"
+    trainer.save()
+    with pytest.raises(SystemExit) as end:
+        sample.main(["--ckpt", str(tmp_path / "digits" / "last.pt"), "--num", "4", "--out", str(tmp_path / "x.npz")])
+    assert end.value.code == 2
+    assert "'robust' is not known here: expected one of diffusion" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, before, arguments", [
-    ("classifier_mean_shift", "    return found\n\n\ndef inception_score", []),
-    ("mean_shift", "        return found\n\n\n# ---- Features", ["--dataset", "moons", "--network", "mlp"]),
-])
-def test_your_own_metric(tmp_path, name, before, arguments):
-    ((file, code),) = recipe("Your own metric")
-    indent = re.match(" *", before)[0]
-    changed = [(file, before, f"{indent}{code.strip()}\n{before}")]
-    _, _, last = train_copy(tmp_path, changed, "--evaluate_every", "4", "--evaluation_samples", "30", *arguments)
-    assert last[name] > 0
+def test_your_own_metric_of_vectors(robust):
+    assert json.loads((robust[0] / "1" / "card.json").read_text())["metrics"]["mean_shift"]["mean"] > 0
+
+
+# ---- What else the documents say
+
+
+def test_the_oracle_in_a_script(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "mathematics.md").read_text(), re.S)
+    exec(code, {})
+    assert float(re.search(r"tensor\((.*?)[,)]", capsys.readouterr().out)[1]) < 1e-3
+
+
+def test_training_without_the_files_that_may_be_deleted(tmp_path):
+    names, command = re.search(r"You may delete (.*?): `(python main\.py .*?)`", README, re.S).groups()
+    copy = copy_of_project(tmp_path / "project")
+    for name in re.findall("`(.*?)`", names):
+        shutil.rmtree(copy / name) if name.endswith("/") else (copy / name).unlink()
+    result = run(*command.split(), *flags(tiny(tmp_path)), cwd=copy)
+    assert result.returncode == 0, result.stderr
+    assert [line["step"] for line in lines_of(tmp_path / "digits")] == [1, 2, 3, 4]
+
+
+def test_commands():
+    """The scripts understand every command of the documents."""
+    read = {"run.sh": read_config, "sample.py": lambda words: parse(sample.Options, words),
+            "evaluate.py": lambda words: parse(evaluate.Options, words)}
+    found = []
+    for path in DOCUMENTS:
+        for block in re.findall(r"```sh\n(.*?)```", path.read_text(), re.S):
+            for line in block.replace("\\\n", "").splitlines():
+                words = [] if "$" in line else shlex.split(line, comments=True)
+                for script in read.keys() & words:
+                    arguments = words[words.index(script) + 1 :]
+                    if arguments[:1] != ["compare"]:
+                        found.append(read[script](arguments))
+    assert len(found) > 20
+
+
+def test_every_file_has_its_place():
+    table = README.split("\n## Find your way in the files\n")[1].split("\nYou may delete")[0]
+    assert set(re.findall(r"`(\w+\.py)`", table)) == {path.name for path in ROOT.glob("*.py")}
+
+
+def test_links_and_pictures():
+    """Every link of the documents leads to a file and a heading, and no picture is large."""
+    headings = {path: [re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                       for line in path.read_text().splitlines() if line.startswith("#")] for path in DOCUMENTS}
+    for path in DOCUMENTS:
+        for link in re.findall(r"\]\((?!http)(.*?)\)|src=\"(.*?)\"", path.read_text()):
+            file, _, heading = "".join(link).partition("#")
+            target = (path.parent / file).resolve() if file else path
+            assert target.exists(), (path.name, link)
+            assert not heading or heading in headings[target], (path.name, link)
+            assert target.suffix == ".md" or target.stat().st_size < 150_000, link
+        for file in re.findall(r"tests/\w+\.py", path.read_text()):
+            assert (ROOT / file).exists(), (path.name, file)
