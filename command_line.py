@@ -153,10 +153,10 @@ def names_in(table: str) -> tuple[str, ...]:
 
 def optional_settings(cls: type, mark: str) -> type:
     """A dataclass of the settings of `cls` with this mark, with the same types and comments. None is the run's own."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)\.$", inspect.getsource(cls), re.M))
+    found, comments = marks(cls), dict(re.findall(r"^    (\w+): .*?  # (.*)\.$", inspect.getsource(cls), re.M))
     fields = []
     for name, hint in get_type_hints(cls, include_extras=True).items():
-        if mark in marks(cls)[name]:
+        if mark in found[name]:
             comment = import_tyro().conf.arg(help=f"{comments[name]}; None: the run's own.")
             fields.append((name, Annotated[(hint.__origin__ | None, *hint.__metadata__, comment)], None))
     return dataclasses.make_dataclass(f"Optional{cls.__name__}", fields)
@@ -164,9 +164,10 @@ def optional_settings(cls: type, mark: str) -> type:
 
 def parse(cls: type, arguments: list[str], default=None, description: str | None = None):
     """The dataclass `cls` filled from `arguments`. Wrong ones, or numbers out of range, end the program in one line."""
-    tyro, hints, messages = import_tyro(), get_type_hints(cls, include_extras=True), io.StringIO()
+    tyro, messages = import_tyro(), io.StringIO()
+    hints, found = get_type_hints(cls, include_extras=True), marks(cls)
     for field in dataclasses.fields(cls):
-        for mark in marks(cls)[field.name]:
+        for mark in found[field.name]:
             if isinstance(mark, OneOf):
                 hint = hints[field.name]
                 others = {mark.other, *{type(None)}.intersection(get_args(hint.__origin__))} - {None}
