@@ -1,13 +1,13 @@
 """Measures how fast training and sampling are on this machine, and how fast they could be.
 
-    python benchmark.py --preset digits                        # any setting of config.py can be given beside it
-    python benchmark.py --parts training sampling --bf16 True  # the same in bfloat16
+    python benchmark.py digits                          # a preset; any setting of config.py can be given after it
+    python benchmark.py --parts training --bf16 True    # a part alone, here in bfloat16
     python benchmark.py --parts training --compile True --compile_mode max-autotune  # a mode of torch.compile
-    python launch.py --nproc-per-node=2 benchmark.py           # on two ranks, which share the batch
+    python launch.py --nproc-per-node=2 benchmark.py    # on two ranks, which share the batch
 
 It prints a table and writes it as JSON. What is compared runs alternately, and each ratio is the median of the ratios
-of the rounds. So a machine whose speed changes slows both. Nothing is downloaded: CIFAR-10 is random pixels. To add a
-part, write a function like those of PARTS and give it a row there. To add another library, do so in PEERS.
+of the rounds. So a machine whose speed changes slows both. Nothing is downloaded: CIFAR-10 is grey images. To add a
+part, write a function like those of PARTS and give it a row there.
 """
 
 import contextlib
@@ -15,19 +15,15 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
-import platform
-import re
 import resource
-import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Literal
 
 import numpy as np
@@ -39,28 +35,23 @@ from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from build import autocast, check_run, formatted, uses_bf16
-from command_line import HERE, fail, parse, start
-from config import PRESETS, Config, Positive, problems
+from command_line import read_config, start
+from config import HERE, Config, Positive
 from data_utils import load_dataset, make_dataset
 from distributed import on_rank0, print0, set_up, world_size
-from logging_utils import Progress
 from optimizers import take_step
-from prediction import target
 from sampling import SAMPLERS
 from trainer import TRAINERS
-from utils import UserError, import_torchvision, keep_freed_memory, write_atomically
-
-CPU = dict(batch_size=32, num_samples=16, sampling_steps=4)  # there a network of 128 channels takes seconds
-
+from utils import UserError, import_torchvision, write_atomically
 
 # ---- How it is measured
 
 
-def clock(work, *arguments) -> float:
-    """Seconds that `work(*arguments)` takes, to the end of what it starts on a GPU."""
+def clock(function, steps):
+    """Seconds of each of the steps that `function(steps)` takes, to the end of what it starts on a GPU."""
     begin = timer()
-    work(*arguments)
-    return timer() - begin
+    function(steps)
+    return (timer() - begin) / steps
 
 
 def repeated(work):
@@ -68,46 +59,35 @@ def repeated(work):
     return lambda n: [work() for _ in range(n)]
 
 
-def time_alternately(functions: dict, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of one step of each function, in each round. `functions[name](n)` takes n steps.
+def time_alternately(functions, options) -> dict[str, np.ndarray]:
+    """Seconds of one step of each function, in each of `options.rounds`. `functions[name](n)` takes n steps.
 
-    Two steps go before the rounds; the second decides how many steps take so many `seconds`. Every other round runs in
-    reverse order.
+    Two steps go before the rounds; the second decides how many steps take `options.seconds`.
     """
-    steps, times = {}, {name: [] for name in functions}
+    steps = {}
     for name, function in functions.items():
         function(1)
-        steps[name] = on_rank0(functools.partial(max, 1, round(seconds / clock(function, 1))))
-    with Progress("measuring", rounds * len(functions), "measurement") as progress:
-        for i in range(rounds):
-            for name in list(functions)[:: 1 if i % 2 == 0 else -1]:
-                times[name].append(clock(functions[name], steps[name]) / steps[name])
-                progress.update()
-    return times
+        steps[name] = on_rank0(functools.partial(math.ceil, options.seconds / clock(function, 1)))
+    rounds = [[clock(function, steps[name]) for name, function in functions.items()] for _ in range(options.rounds)]
+    return dict(zip(functions, np.array(rounds).T))
 
 
-def ratio(times: dict, name: str, to: str) -> float:
-    """The median over the rounds of the seconds of one function over those of another."""
-    return statistics.median(a / b for a, b in zip(times[name], times[to]))
-
-
-def flops_of(work) -> int:
+def flops_of(work):
     """Floating-point operations of the matrix products and convolutions in `work()`, those of attention included."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # some fused kernels are not counted
         work()
     return counter.get_total_flops()
 
 
-# ---- The trainer, and what it is compared with
+# ---- The trainer, and the least that a step could cost
 
 
-def make_trainer(options, device, folder: str):
+def make_trainer(options, device, folder):
     """A trainer that trains without end, and neither saves nor samples."""
     config = dataclasses.replace(options, ckpt_dir=folder, run_name="benchmark", num_training_steps=10**9,
                                  sample_every=0, save_every=0, milestone_every=0, evaluate_every=0)
     if options.dataset == "cifar10":  # which would be downloaded
-        images = np.random.default_rng(0).integers(256, size=(50_000, 3, 32, 32), dtype=np.uint8)
-        dataset = make_dataset(images, np.arange(50_000) % 10)
+        dataset = make_dataset(np.ones((50_000, 3, 32, 32), np.uint8), np.arange(50_000) % 10)
     else:
         dataset = load_dataset(options.dataset, options.data_dir, options.image_size)
     trainer = TRAINERS[options.trainer](config, dataset, device)
@@ -117,25 +97,26 @@ def make_trainer(options, device, folder: str):
     return trainer
 
 
-def train(trainer, steps: int) -> None:
+def train(trainer, steps):
     """So many steps of the trainer, without its output."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with contextlib.redirect_stdout(io.StringIO()):
         trainer.loop(trainer.step + steps)
 
 
 def bare_network(trainer):
-    """A step of the network alone, on one batch that stays on the device: the backward pass, and the whole step."""
+    """A step of the network alone, on one batch that stays on the device: the backward pass, and the whole step.
+
+    Only its time counts: it takes noise to data, whatever the trainer's process and target.
+    """
     batch = trainer.prepare_batch(0)
-    c = trainer.process.coefs(batch.t, batch.x0.ndim)
-    xt = formatted(trainer.config, c.alpha * batch.x0 + c.sigma * batch.x1)
-    y = target(trainer.config.model_type, c, batch.x0, batch.x1)
+    x = formatted(trainer.config, batch.x1)
 
     def backward(forward=trainer.forward):
         with autocast(trainer.config, trainer.device):
-            out = forward(xt, batch.t, batch.label)
-        ((out.float() - y) ** 2).mean().backward()
+            out = forward(x, batch.t, batch.label)
+        F.mse_loss(out.float(), batch.x0).backward()
 
-    def step(exchange: bool = True):
+    def step(exchange=True):
         with contextlib.nullcontext() if exchange else trainer.ddp.no_sync():
             backward()
         trainer.optimizer.step()
@@ -145,252 +126,168 @@ def bare_network(trainer):
     return backward, step
 
 
-def ceilings(trainer) -> dict:
+def ceilings(trainer):
     """What this machine can do: a large matrix product, and a 3 x 3 convolution of the network's width.
 
     The convolution is computed with both of its gradients, as in training. Returns functions by name.
     """
-    config, device, spec = trainer.config, trainer.device, trainer.spec
-    kind = dict(device=device, dtype=torch.bfloat16 if uses_bf16(config, device) else torch.float32)
+    config, device, width = trainer.config, trainer.device, trainer.config.model_channels
+
+    def random(*shape):
+        dtype = torch.bfloat16 if uses_bf16(config, device) else torch.float32
+        return formatted(config, torch.randn(shape, device=device, dtype=dtype)).requires_grad_()
+
     side = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, side, side, **kind)
-    works = {"matrix product": lambda: a @ b}
-    if spec.is_image:
-        rows, width = len(trainer.own_rows) // config.accumulation_steps, config.model_channels
-        x = formatted(config, torch.randn(rows, width, *spec.shape[1:], **kind)).requires_grad_()
-        kernel = torch.randn(width, width, 3, 3, **kind, requires_grad=True)
-        works["3 x 3 convolution"] = lambda: torch.autograd.grad(
-            F.conv2d(x, kernel, padding=1), [x, kernel], x.detach())
-    return works
+    a = random(side, side)
+    functions = {"matrix product": lambda: a @ a}
+    if trainer.spec.is_image:
+        x = random(len(trainer.own_rows) // config.accumulation_steps, width, *trainer.spec.shape[1:])
+        kernel = random(width, width, 3, 3)
+        functions["3 x 3 convolution"] = lambda: torch.autograd.grad(F.conv2d(x, kernel, padding=1), [x, kernel], x)
+    return functions
 
 
-# ---- The parts. Each yields rows: what was measured, and its values by unit.
+# ---- The parts. Each yields rows: what was measured, and by unit its value, or its values in all rounds.
 
 
 def measure_training(trainer):
     """The trainer over the bare network, the bare network over the ceilings, what a step consists of, and memory."""
-    config, (backward, step), works = trainer.config, bare_network(trainer), ceilings(trainer)
-    first_call, graphs = clock(backward), counters["stats"]["unique_graphs"]
+    config, (backward, step), limits = trainer.config, bare_network(trainer), ceilings(trainer)
     functions = {"trainer": functools.partial(train, trainer), "bare network": repeated(step),
-                 "batch of data, noise and times": repeated(lambda: trainer.prepare_batch(trainer.step))}
+                 "batch of data, noise and times": repeated(lambda: trainer.prepare_batch(trainer.step)),
+                 **{name: repeated(limit) for name, limit in limits.items()}}
     if world_size() > 1:
         functions["no exchange"] = repeated(functools.partial(step, exchange=False))
-    functions |= {name: repeated(work) for name, work in works.items()}
-    times = time_alternately(functions, config.rounds, config.seconds)
+    times = time_alternately(functions, config)
     peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024)
     flops = flops_of(lambda: backward(trainer.net))  # its gradients are for the updates of the next line
-    times["clipping, optimizer and EMA"] = [
-        clock(lambda: (take_step(trainer.optimizer, config.grad_clip_norm), trainer.ema.update()))
-        for _ in range(config.rounds)]
+    times |= time_alternately({"clipping, optimizer and EMA": repeated(
+        lambda: (take_step(trainer.optimizer, config.grad_clip_norm), trainer.ema.update()))}, config)
 
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    yield "trainer", {"images_per_s": config.batch_size / seconds["trainer"],
-                      "of_bare_network": ratio(times, "bare network", "trainer")}
+    whole, bare = times["trainer"], times["bare network"]
+    yield "trainer", {"images_per_s": config.batch_size / whole, "of_bare_network": bare / whole}
     for name in ("batch of data, noise and times", "clipping, optimizer and EMA"):
-        yield name, {"of_the_step": seconds[name] / seconds["trainer"]}
+        yield name, {"of_the_step": times[name] / whole}
     if world_size() > 1:
-        share = max(0.0, 1 - ratio(times, "no exchange", "bare network"))
-        yield "exchange of gradients, beside the backward pass", {"of_the_step": share}
-    yield "bare network", {"images_per_s": config.batch_size / seconds["bare network"],
-                           "GFLOP_per_s_and_rank": flops / seconds["bare network"] / 1e9}
-    for name, work in works.items():
-        most = flops_of(work)
-        yield name, {"reached_by_the_bare_network": ratio(times, name, "bare network") * flops / most,
-                     "GFLOP_per_s_and_rank": most / seconds[name] / 1e9}
-    if graphs:
-        yield "torch.compile", {"s_for_the_first_call": first_call, "graph_breaks": counters["graph_break"].total(),
-                                "recompilations": counters["stats"]["unique_graphs"] - graphs}
+        yield "exchange of gradients, beside the backward pass", {
+            "of_the_step": (1 - times["no exchange"] / bare).clip(0)}
+    yield "bare network", {"images_per_s": config.batch_size / bare, "GFLOP_per_s_and_rank": flops / bare / 1e9}
+    for name, limit in limits.items():
+        most = flops_of(limit) / times[name]
+        yield name, {"reached_by_the_bare_network": flops / bare / most, "GFLOP_per_s_and_rank": most / 1e9}
+    if graphs := counters["stats"]["unique_graphs"]:
+        yield "torch.compile", {"graphs": graphs, "graph_breaks": counters["graph_break"].total()}
     yield "peak memory", {"GiB": peak / 2**30}
 
 
 def measure_sampling(trainer):
-    """Every sampler as a run draws its grids, over the network calls of one such draw alone."""
-    config, device, net, spec = trainer.config, trainer.device, trainer.ema.net, trainer.spec
-    n = config.num_samples
-    labels = torch.arange(n) % spec.num_classes if config.class_conditional else None
+    """Every sampler, with as many samples as a batch has items, over its network calls alone."""
+    config, net, batch = trainer.config, trainer.ema.net, trainer.prepare_batch(0)
+
+    @torch.no_grad()
+    def call():
+        with autocast(config, trainer.device):
+            net(formatted(config, batch.x1), batch.t, batch.label)
+
     for sampler in SAMPLERS:
-        calls = []
-        draw = functools.partial(trainer.draw, config, spec, trainer.process, net, device, rows=range(n), labels=labels,
-                                 sampler=sampler)
-
-        @torch.no_grad()
-        def bare(calls=calls):
-            with autocast(config, device):
-                for inputs in calls:
-                    net(*inputs)
-
-        hook = net.register_forward_pre_hook(lambda net, inputs, calls=calls: calls.append(inputs))
+        draw = functools.partial(trainer.draw, config, trainer.spec, trainer.process, net, trainer.device,
+                                 rows=range(config.batch_size), labels=batch.label, sampler=sampler)
         try:
-            draw()
+            calls, times = draw()[1], time_alternately({"call": repeated(call), "draw": repeated(draw)}, config)
+            yield sampler, {"calls": calls, "images_per_s": config.batch_size / times["draw"],
+                            "of_bare_calls": calls * times["call"] / times["draw"]}
         except UserError as error:  # the sampler does not go with the settings
             yield f"{sampler}: {error}", {}
-            continue
-        finally:
-            hook.remove()
-        times = time_alternately({"bare": repeated(bare), "sampler": repeated(draw)}, config.rounds, config.seconds)
-        yield sampler, {"calls": len(calls), "images_per_s": n / statistics.median(times["sampler"]),
-                        "of_bare_calls": ratio(times, "bare", "sampler")}
 
 
 def measure_start(trainer):
-    """Seconds from a command to the first line of what it is for; not a number if that line does not come."""
-    config = trainer.config
-
-    def seconds_to(line: str, *command: str) -> float:
-        begin, environment = timer(), os.environ | {"PYTHON": sys.executable, "MPLCONFIGDIR": config.ckpt_dir}
-        with subprocess.Popen(command, cwd=HERE, env=environment, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL) as run:
-            seconds = timer() - begin if any(printed.startswith(line) for printed in run.stdout) else math.nan
-            run.terminate()
-            run.communicate()
-        return seconds
-
-    first_step = [seconds_to("step 1/", "sh", "run.sh", "digits", "--log_every", "1", "--wandb", "offline", "--device",
-                             config.device, "--ckpt_dir", config.ckpt_dir, "--run_name", f"start{i}")
-                  for i in range(1 + config.rounds)]
-    usage = [seconds_to("usage", sys.executable, "main.py", "--help") for _ in range(config.rounds)]
-    yield "sh run.sh digits, to the first step, without matplotlib's cache of fonts", {"s": first_step[0]}
-    yield "sh run.sh digits, to the first step, again", {"s": statistics.median(first_step[1:])}
-    yield "python main.py --help", {"s": statistics.median(usage)}
+    """Seconds from `sh run.sh digits` to its first step; not a number if that does not come."""
+    begin, command = timer(), ["sh", "run.sh", "digits", "--log_every", "1", "--ckpt_dir"]
+    with (tempfile.TemporaryDirectory() as folder,
+          subprocess.Popen([*command, folder], cwd=HERE, env=os.environ | {"PYTHON": sys.executable},
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run):
+        seconds = next((timer() - begin for line in run.stdout if line.startswith(b"step 1/")), math.nan)
+        run.terminate()
+        run.communicate()
+    yield "sh run.sh digits, to the first step", {"s": seconds}
 
 
-# ---- Peers: the training steps of other libraries. Each is a function of images (B, 3, 32, 32) in [-1, 1]. It returns
-# the network, its loss, and the update of its moving average. Both use Adam, and clip gradients at a norm of 1.
-
-
-def torchcfm(images):
-    """The network and the training step of torchcfm's CIFAR-10 example (Tong et al. 2023)."""
+def torchcfm_step(batch_size, device):
+    """A training step of torchcfm's CIFAR-10 example (Tong et al. 2023), as a function."""
+    import_torchvision()  # in a way that works beside a CPU build of torch; torchcfm imports it too
     from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
     from torchcfm.models.unet.unet import UNetModelWrapper
 
-    net = UNetModelWrapper(dim=(3, 32, 32), num_res_blocks=2, num_channels=128, channel_mult=[1, 2, 2, 2], num_heads=4,
-                           num_head_channels=64, attention_resolutions="16", dropout=0.1).to(images.device)
-    average, matcher = copy.deepcopy(net).state_dict(), ConditionalFlowMatcher(sigma=0.0)
-
-    def loss():
-        t, xt, ut = matcher.sample_location_and_conditional_flow(torch.randn_like(images), images)
-        return torch.mean((net(t, xt) - ut) ** 2)
-
-    def update_average():
-        for name, value in net.state_dict().items():
-            average[name].copy_(0.9999 * average[name] + (1 - 0.9999) * value)
-
-    return net, loss, update_average
-
-
-def denoising_diffusion_pytorch(images):
-    """The network of denoising-diffusion-pytorch at the same width and depth, with the training step of its Trainer."""
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-    from ema_pytorch import EMA
-
-    net = GaussianDiffusion(Unet(dim=128, dim_mults=(1, 2, 2, 2)), image_size=32).to(images.device)
-    return net, lambda: net((images + 1) / 2), EMA(net, beta=0.995, update_every=10).update
-
-
-PEERS = {"torchcfm": torchcfm, "denoising_diffusion_pytorch": denoising_diffusion_pytorch}  # named as their packages
-
-
-def serve(pipe, name: str, config, device, as_here: bool) -> None:
-    """Runs a peer in a process of its own.
-
-    It sends the operations of a step through the pipe, and then takes as many steps as each message says. With
-    `as_here` it does as the trainer: freed memory is kept, images are channels_last, the type is that of the settings.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the benchmark ends it
-    import_torchvision()  # in a way that works beside a CPU build of torch; a peer imports it too
-    net, loss, update_average = PEERS[name](torch.rand(config.batch_size, 3, 32, 32, device=device) * 2 - 1)
-    if as_here:
-        keep_freed_memory()
-        net.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(net.parameters())
-
-    def backward():
-        with autocast(config, device) if as_here else contextlib.nullcontext():
-            value = loss()
-        value.backward()
+    net = UNetModelWrapper(dim=(3, 32, 32), num_res_blocks=2, num_channels=128, channel_mult=[1, 2, 2, 2],
+                           num_head_channels=64, attention_resolutions="16", dropout=0.1).to(device)
+    average, matcher = copy.deepcopy(net.state_dict()), ConditionalFlowMatcher(sigma=0.0)
+    optimizer, images = torch.optim.Adam(net.parameters()), torch.randn(batch_size, 3, 32, 32, device=device)
 
     def step():
-        backward()
+        optimizer.zero_grad()
+        t, xt, ut = matcher.sample_location_and_conditional_flow(torch.randn_like(images), images)
+        torch.mean((net(t, xt) - ut) ** 2).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
-        update_average()
+        for name, value in net.state_dict().items():
+            average[name].copy_(average[name] * 0.9999 + value * 0.0001)
 
-    pipe.send(flops_of(backward))
-    with contextlib.suppress(EOFError):  # the benchmark has ended
-        while True:
-            pipe.send(clock(repeated(step), pipe.recv()))
+    return step
 
 
 def measure_peers(trainer):
-    """The trainer over each peer that is installed: the speed of training steps, per operation of the networks."""
-    config, device, spawn = trainer.config, trainer.device, get_context("spawn")
-    if trainer.spec.shape != (3, 32, 32):
-        return print0("  only for images of 3 x 32 x 32")
-    flops = flops_of(lambda: bare_network(trainer)[0](trainer.net))
-    for name, as_here in [(name, way) for name in PEERS if importlib.util.find_spec(name) for way in (False, True)]:
-        what = f"{name}, {'with memory, channels_last and type as here' if as_here else 'as it is'}"
-        pipe, its_end = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(its_end, name, config, device, as_here), daemon=True)
-        process.start()
-        its_end.close()
-        try:
-            its_flops = pipe.recv()
-            functions = {"trainer": functools.partial(train, trainer),
-                         "peer": lambda n, pipe=pipe: pipe.send(n) or pipe.recv()}
-            times = time_alternately(functions, config.rounds, config.seconds)
-            yield what, {"images_per_s": config.batch_size / statistics.median(times["peer"]),
-                         "trainer_over_it_per_operation": ratio(times, "peer", "trainer") * flops / its_flops}
-        except (EOFError, OSError):
-            yield f"{what}: its process ended, with the error above", {}
-        finally:
-            process.kill()
-            process.join()
+    """The trainer over torchcfm. Their networks are of the same size with the settings of preset cifar10."""
+    config = trainer.config
+    if trainer.spec.shape != (3, 32, 32) or not importlib.util.find_spec("torchcfm"):
+        return print0("  only for images of 3 x 32 x 32, and where torchcfm is installed")
+    times = time_alternately({"peer": repeated(torchcfm_step(config.batch_size, trainer.device)),
+                              "trainer": functools.partial(train, trainer)}, config)
+    yield "torchcfm", {"images_per_s": config.batch_size / times["peer"],
+                       "trainer_over_it": times["peer"] / times["trainer"]}
 
 
 # ---- The command line
 
-PARTS = {"training": measure_training, "sampling": measure_sampling, "start": measure_start,
-         "peers": measure_peers}
+# Sampling first, from the weights of the start: those that training here makes cost dopri5 hundreds of network calls
+PARTS = {"sampling": measure_sampling, "training": measure_training, "start": measure_start, "peers": measure_peers}
 
 
 @dataclass
 class Options(Config):
-    preset: Literal[tuple(PRESETS)] = "cifar10"  # Settings to start from; any other setting can be given beside it.
     parts: tuple[Literal[tuple(PARTS)], ...] = tuple(PARTS)  # What to measure; start and peers on one rank only.
     out: str = "benchmark.json"  # File to write.
     rounds: Positive[int] = 5  # How often everything is measured.
     seconds: Positive[float] = 1.0  # Least time of one measurement.
-    wandb: Literal["online", "offline", "disabled"] = "offline"  # Where the trainer logs.
 
 
-def main(arguments: list[str]) -> None:
-    preset = re.findall(r"--preset[ =](\S+)", " ".join(["--preset cifar10", *arguments]))[-1]
-    changes = PRESETS.get(preset, {})
-    if not torch.cuda.is_available() and "model_channels" not in changes:
-        changes = CPU | changes
-    options = parse(Options, arguments, Options(**changes), __doc__.splitlines()[0])
-    for problem in problems(options, world_size()):
-        fail(problem)
+def main(arguments):
+    os.environ.setdefault("WANDB_MODE", "offline")  # also for the runs that it starts
+    options = read_config(arguments, Options, f"{__doc__.splitlines()[0]} Usage: benchmark.py")
+    report = {"settings": dataclasses.asdict(options)}
+
+    def save():
+        on_rank0(lambda: write_atomically(options.out, json.dumps(report, indent=1)))
+
     with (set_up(options.device, options.tf32, options.timeout, options.cudnn_benchmark) as device,
           tempfile.TemporaryDirectory() as folder):
         check_run(options, device)
-        options.bf16 = uses_bf16(options, device)
-        machine = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-                   "threads": torch.get_num_threads(), "ranks": world_size(), "torch": torch.__version__}
-        report = {"machine": machine, "settings": dataclasses.asdict(options), "rows": []}
-        on_rank0(lambda: write_atomically(options.out, json.dumps(report)))  # an error in the name is found now
-        print0(f"{machine}, batch_size {options.batch_size}, bf16 {options.bf16}")
-        trainer = make_trainer(options, device, on_rank0(lambda: folder))
+        report["machine"] = {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "threads": torch.get_num_threads(), "ranks": world_size(), "torch": torch.__version__,
+            "bf16": uses_bf16(options, device)}
+        save()  # an error in the name is found now
+        print0(report["machine"])
+        trainer = make_trainer(options, device, folder)
         for part in options.parts:
             if world_size() > 1 and part in ("start", "peers"):
                 continue
             print0(f"\n{part}")
+            report[part] = {}
             for what, values in PARTS[part](trainer):
-                report["rows"].append({"part": part, "what": what, **values})
-                print0(f"  {what:<60}", *(f"{value:9.4g} {unit}" for unit, value in values.items()))
-            on_rank0(lambda: write_atomically(options.out, json.dumps(report, indent=1)))
+                medians = report[part][what] = {unit: float(np.median(value)) for unit, value in values.items()}
+                print0(f"  {what:<60}", *(f"{value:9.4g} {unit}" for unit, value in medians.items()))
+            save()
         if trainer.logger:
             trainer.logger.finish()
         print0(f"\n{options.out}")

@@ -13,7 +13,7 @@ from command_line import signal_name, stop_requested
 from config import Config
 from couplings import COUPLINGS
 from data_utils import DataSpec
-from distributed import Heartbeat, gather_rows, print0, rank, share
+from distributed import all_or_none, gather_rows, print0, share
 from logging_utils import Progress
 from mlp import MLP
 from prediction import Preconditioned, convert, loss_weight, target
@@ -21,38 +21,42 @@ from processes import Process, make_process
 from sampling import SDE_SAMPLERS, Field, draw, make_grid
 from time_samplers import TIME_SAMPLERS, Uniform
 from unet import UNet
-from utils import UserError, call_with_settings, look_up, make_seed, native_bf16, parameters_of, warn
+from utils import UserError, call_with_settings, look_up, make_seed, parameters_of
 
 NETWORKS = {"unet": UNet, "mlp": MLP}
 
 # Steps of training, and of a sampler over all its batches, from which compiling the network pays on a GPU. It takes
 # some 30 to 90 s there, and about halves the time of a call. These are estimates.
 TRAINING_STEPS, SAMPLING_STEPS = 10_000, 500
-COMPILING = "compiling the network: the first call takes a minute or so"
 
 
-def check_run(config: Config, device: torch.device) -> None:
+def check_run(config: Config, device):
     """All that can be checked before data are read. Raises UserError; prints which settings the network ignores."""
     check_settings(config)
-    check_bf16(config, device)
+    if config.bf16 and not uses_bf16(config, device):
+        raise UserError(f"bf16 is set, but {torch.cuda.get_device_name(device)} has no bfloat16, which GPUs have from "
+                        "capability 8.0 on (A100, RTX 30): use --bf16 False")
     others = set().union(*map(parameters_of, NETWORKS.values())) - parameters_of(NETWORKS[config.network])
     ignored = [name for name, value in vars(config).items() if name in others and value != getattr(Config, name)]
     if ignored:
         print0(f"note: network {config.network} does not read {', '.join(ignored)}")
 
 
-def check_settings(config: Config) -> None:
+def check_settings(config: Config):
     """Raises UserError if training or sampling would divide by zero at T_min or T_max, or needs a score there is not.
 
-    Needs neither data nor network.
+    Also for limits in the wrong order. Needs neither data nor network.
     """
     settings = vars(config)
     process = call_with_settings(make_process, settings)
     time_sampler = make_time_sampler(config, process)
-    for name, chosen, fix in (("sampler", config.sampler, "heun"), ("sde_sampler", config.sde_sampler, "None")):
-        if COUPLINGS[config.coupling] and chosen in SDE_SAMPLERS:
-            raise UserError(f"{name} {chosen} needs the score, which coupling {config.coupling} does not give, since "
-                            f"its noise is not independent of the data: use --{name} {fix}")
+    for name, fix in (("sampler", "heun"), ("sde_sampler", "None")):
+        if COUPLINGS[config.coupling] and settings[name] in SDE_SAMPLERS:
+            raise UserError(f"{name} {settings[name]} needs the score, which coupling {config.coupling} does not give, "
+                            f"since its noise is not independent of the data: use --{name} {fix}")
+    for low, high in (("guidance_t_min", "guidance_t_max"), ("churn_min", "churn_max")):
+        if settings[low] > settings[high]:
+            raise UserError(f"{low} {settings[low]} is above {high} {settings[high]}: lower --{low}, or raise --{high}")
     one, model_type, target_type = torch.ones(1, 1), config.model_type, config.target_type
     field = Field(lambda x, t, label: one, process, model_type)
     for name, end, fix in (("T_min", config.T_min, "--T_min 1e-4"), ("T_max", config.T_max, "--T_max 0.9999")):
@@ -83,7 +87,7 @@ def make_time_sampler(config: Config, process: Process) -> Uniform:
     return call_with_settings(look_up(TIME_SAMPLERS, config.time_sampler), {**vars(config), "process": process})
 
 
-def build(config: Config, spec: DataSpec, device: torch.device) -> tuple[Process, nn.Module]:
+def build(config: Config, spec: DataSpec, device) -> tuple[Process, nn.Module]:
     """The process and the network, with weights from the seed, on `device`.
 
     Raises UserError if the settings do not fit the data.
@@ -107,32 +111,26 @@ def build(config: Config, spec: DataSpec, device: torch.device) -> tuple[Process
     return process, net.to(device, memory_format=torch.channels_last if image else torch.preserve_format)
 
 
-def uses_bf16(config: Config, device: torch.device) -> bool:
+def uses_bf16(config: Config, device):
     """Whether the network runs in bfloat16: on a GPU that has it, unless bf16 is False; on a CPU if it is True."""
     if device.type == "cuda":
-        return config.bf16 is not False and native_bf16(device)
+        return config.bf16 is not False and torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(config.bf16)
 
 
-def check_bf16(config: Config, device: torch.device) -> None:
-    """Raises UserError if bf16 is set and this GPU has none; prints a line if this CPU emulates it."""
-    if config.bf16 and not native_bf16(device):
-        if device.type == "cuda":
-            raise UserError(f"bf16 is set, but {torch.cuda.get_device_name(device)} has no bfloat16, which GPUs have "
-                            "from capability 8.0 on (A100, RTX 30): use --bf16 False")
-        if rank() == 0:
-            warn("bf16 is set, but this CPU emulates bfloat16, several times slower than float32: --bf16 False is "
-                 "faster")
-
-
-def autocast(config: Config, device: torch.device):
+def autocast(config: Config, device):
     """The context in which the network runs: bfloat16 or float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device))
 
 
-def compiles(config: Config, device: torch.device, steps: float, enough: int) -> bool:
-    """Whether the network is compiled: if the settings allow it (by default on a GPU), and it runs `enough` steps."""
-    return (device.type == "cuda" if config.compile is None else config.compile) and steps >= enough
+def compiles(config: Config, device, steps, enough):
+    """Whether the network is compiled, which is printed: if the settings allow it (by default on a GPU), and it runs
+    `enough` steps.
+    """
+    if steps < enough or config.compile is False or config.compile is None and device.type != "cuda":
+        return False
+    print0("compiling the network: the first call takes a minute or so")
+    return True
 
 
 def formatted(config: Config, x: Tensor) -> Tensor:
@@ -140,20 +138,17 @@ def formatted(config: Config, x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and config.channels_last else x
 
 
-def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device: torch.device, *, rows: range,
-             labels: Tensor | None, sampler: str, guide: nn.Module | None = None,
-             together: bool = False) -> tuple[Tensor, float]:
+def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device, *, rows, labels: Tensor | None,
+             sampler, guide: nn.Module | None = None) -> tuple[Tensor, float]:
     """The samples `rows`, shared among all ranks, and the network calls that a sample took, on the CPU of every rank.
 
     Samples are decoded: uint8 images or float vectors (N, ...). `labels` (N,) are those of all samples from 0 on. The
-    settings of sampling are those of `config`. `guide` is a network for autoguidance. If one rank fails, it raises
-    UserError at once, or, with `together`, all do when all are done.
+    settings of sampling are those of `config`. `guide` is a network for autoguidance. If one rank fails, all raise
+    UserError when all are done.
     """
-    own_rows, heartbeat, calls = share(len(rows)), Heartbeat(config.timeout), 0
+    own_rows = share(len(rows))
     steps = config.sampling_steps * len(own_rows) / config.sampling_batch_size
     compiled = compiles(config, device, steps, SAMPLING_STEPS)
-    if compiled:
-        print0(COMPILING)
 
     def watched(net):
         forward = torch.compile(net) if compiled else net
@@ -162,9 +157,6 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
             if number := stop_requested():  # in training, which defers signals
                 raise UserError(f"stopped by {signal_name(number)}")
             progress.update()
-            heartbeat.beat()
-            if compiled and label is None and config.class_conditional:  # one graph serves both
-                label = torch.full(t.shape, spec.num_classes, device=device)
             with autocast(config, device):
                 return forward(formatted(config, xt), t, label)
 
@@ -173,21 +165,16 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
     batches = call_with_settings(
         draw, {**vars(config), "guide": guide and watched(guide)}, net=watched(net), process=process, device=device,
         rows=rows[own_rows.start : own_rows.stop], shape=spec.shape, labels=labels, sampler=sampler,
-        batch_size=config.sampling_batch_size, whole_batches=compiled)
-    empty = torch.empty(0, *spec.shape, dtype=torch.uint8 if spec.is_image else torch.float32)
-    decoded, failure = [empty], None
-    try:
-        with Progress(f"{sampler}: 0 of {len(own_rows)} samples", unit="network call") as progress:
-            for batch, calls_of_each in batches:
-                decoded.append(spec.decode(batch).cpu())
-                calls += calls_of_each * len(batch)
-                progress.update(0, f"{sampler}: {sum(map(len, decoded))} of {len(own_rows)} samples")
-    except UserError as error:
-        if not together:
-            raise
-        decoded, failure = [empty], error
-    heartbeat.wait()
-    samples = gather_rows(torch.cat(decoded))
-    if len(samples) < len(rows):
-        raise failure or UserError("another rank could not draw its samples")
-    return samples, gather_rows(torch.tensor([calls])).sum().item() / len(rows)
+        batch_size=config.sampling_batch_size)
+
+    def own_samples():
+        samples, calls = [torch.empty(0, *spec.shape, dtype=torch.uint8 if spec.is_image else torch.float32)], []
+        for batch, calls_of_each in batches:
+            samples.append(spec.decode(batch).cpu())
+            calls += [calls_of_each] * len(batch)
+            progress.set_description(f"{sampler}: {len(calls)} of {len(own_rows)} samples", refresh=False)
+        return torch.cat(samples), torch.tensor(calls, dtype=torch.float64)
+
+    with Progress(f"{sampler}: 0 of {len(own_rows)} samples", unit="network call") as progress:
+        samples, calls = map(gather_rows, all_or_none(own_samples))
+    return samples, calls.mean().item()

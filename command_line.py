@@ -6,7 +6,6 @@ defers them (`deferred_signals`) and asks after each step whether to stop (`stop
 first. Only the first signal counts. Nothing here is heavy to import.
 """
 
-import ast
 import contextlib
 import dataclasses
 import inspect
@@ -15,13 +14,11 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import time
-from typing import Annotated, Literal, Union, get_args, get_type_hints
+from typing import Annotated, get_type_hints
 
-from config import PRESETS, Config, OneOf, marks, out_of_range, problems
+from config import PRESETS, Config, out_of_range, problems
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STATUS = 75  # of a stopped run, which the same command resumes: EX_TEMPFAIL of sysexits.h, "try again later"
 RANK = int(os.environ.get("RANK", 0))
@@ -41,17 +38,17 @@ class Received:
     resumable = False  # the same command resumes the run
 
 
-def on_signal(number: int, frame) -> None:
+def on_signal(number, frame):
     first, Received.number = not Received.number, Received.number or number
     if first and not Received.deferred:
         raise Stopped(signal_name(number))
 
 
-def signal_name(number: int) -> str:
+def signal_name(number):
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
-def stop_requested() -> int:
+def stop_requested():
     """The number of the signal that came, or 0. A process whose launcher has died stops as by SIGHUP."""
     if LAUNCHER and os.getppid() != LAUNCHER:
         return Received.number or signal.SIGHUP
@@ -68,7 +65,7 @@ def deferred_signals():
         Received.deferred = False
 
 
-def stop_listening(then) -> None:
+def stop_listening(then):
     """From now on a signal is ignored (SIG_IGN), or ends the process at once (SIG_DFL)."""
     for number in SIGNALS:
         if signal.getsignal(number) == on_signal:
@@ -78,7 +75,7 @@ def stop_listening(then) -> None:
 # ---- Start and end
 
 
-def start(script, resumable: bool = False) -> None:
+def start(script, resumable=False):
     """Runs `script(arguments)`. After a signal it ends in one line; after a closed pipe, as of `| head`, in none.
 
     If the script is `resumable`, that line and the exit status say that the same command resumes the run.
@@ -87,7 +84,6 @@ def start(script, resumable: bool = False) -> None:
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
             signal.signal(number, on_signal)
-    report_to_launcher("")  # removes the status of an attempt before this one
     try:
         script(sys.argv[1:])
     except Stopped as stop:
@@ -96,13 +92,13 @@ def start(script, resumable: bool = False) -> None:
         os._exit(1)
 
 
-def fail(message: str, status: int = 2):
+def fail(message, status=2):
     """Ends the program with one line on stderr and this exit status. Rank 0 prints what all ranks meet."""
     stop_listening(signal.SIG_DFL)
     if RANK > 0:
         time.sleep(5)  # when one process ends, torchrun ends them all: this prints only if rank 0 printed nothing
         message = f"rank {RANK}: {message}"
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -112,17 +108,8 @@ def end_stopped(stop: Stopped):
     status = STATUS if Received.resumable else 128 + Received.number
     if RANK == 0:
         resume = "; the same command resumes it" if Received.resumable else ""
-        print(f"stopped by {stop}{resume}", file=sys.__stderr__, flush=True)  # also where stderr is redirected
-    sys.exit(0 if report_to_launcher(status) else status)
-
-
-def report_to_launcher(status: int | str) -> bool:
-    """Writes the exit status for launch.py, as torchrun takes any but 0 for a failure. Whether launch.py is there."""
-    if "LAUNCH_STATUS" not in os.environ:
-        return False
-    with open(os.environ["LAUNCH_STATUS"], "w") as file:
-        file.write(str(status))
-    return True
+        print(f"stopped by {stop}{resume}", file=sys.__stderr__)  # also where stderr is redirected
+    sys.exit(status)
 
 
 # ---- Flags
@@ -136,51 +123,25 @@ def import_tyro():
     return tyro
 
 
-def names_in(table: str) -> tuple[str, ...]:
-    """The keys of a dictionary such as "sampling.GRIDS", read from the source: importing it would import torch."""
-    file, name = table.split(".")
-    with open(os.path.join(HERE, f"{file}.py")) as source:
-        body = ast.parse(source.read()).body
-    values = {getattr(node.targets[0], "id", None): node.value for node in body if isinstance(node, ast.Assign)}
-
-    def keys(value):
-        if isinstance(value, ast.BinOp):  # of two dictionaries, A | B
-            return keys(value.left) + keys(value.right)
-        return keys(values[value.id]) if isinstance(value, ast.Name) else tuple(key.value for key in value.keys)
-
-    return keys(values[name])
-
-
-def optional_settings(cls: type, mark: str) -> type:
+def optional_settings(cls, mark):
     """A dataclass of the settings of `cls` with this mark, with the same types and comments. None is the run's own."""
-    found, comments = marks(cls), dict(re.findall(r"^    (\w+): .*?  # (.*)\.$", inspect.getsource(cls), re.M))
-    fields = []
+    comments, fields = dict(re.findall(r"^    (\w+): .*?  # (.*)\.$", inspect.getsource(cls), re.M)), []
     for name, hint in get_type_hints(cls, include_extras=True).items():
-        if mark in found[name]:
+        if mark in getattr(hint, "__metadata__", ()):
             comment = import_tyro().conf.arg(help=f"{comments[name]}; None: the run's own.")
             fields.append((name, Annotated[(hint.__origin__ | None, *hint.__metadata__, comment)], None))
     return dataclasses.make_dataclass(f"Optional{cls.__name__}", fields)
 
 
-def parse(cls: type, arguments: list[str], default=None, description: str | None = None):
+def parse(cls, arguments, default=None, description=None):
     """The dataclass `cls` filled from `arguments`. Wrong ones, or numbers out of range, end the program in one line."""
     tyro, messages = import_tyro(), io.StringIO()
-    hints, found = get_type_hints(cls, include_extras=True), marks(cls)
-    for field in dataclasses.fields(cls):
-        for mark in found[field.name]:
-            if isinstance(mark, OneOf):
-                hint = hints[field.name]
-                others = {mark.other, *{type(None)}.intersection(get_args(hint.__origin__))} - {None}
-                names = Union[(Literal[names_in(mark.table)], *others)]
-                field.type = cls.__annotations__[field.name] = Annotated[(names, *hint.__metadata__)]
     if "--" in arguments:
         fail("'--' is no setting: expected --setting value")
-    words = [{"true": "True", "false": "False"}.get(word, word) for word in arguments]
     try:
-        with contextlib.redirect_stderr(messages), contextlib.ExitStack() as stack:
-            if RANK > 0:
-                stack.enter_context(contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8")))
-            options = tyro.cli(cls, args=words, default=default, description=description,
+        stdout = open(os.devnull, "w", encoding="utf-8") if RANK > 0 else sys.stdout
+        with contextlib.redirect_stderr(messages), contextlib.redirect_stdout(stdout):
+            options = tyro.cli(cls, args=arguments, default=default, description=description,
                                config=(tyro.conf.FlagConversionOff,))
     except SystemExit as end:
         if end.code in (0, None):
@@ -192,26 +153,25 @@ def parse(cls: type, arguments: list[str], default=None, description: str | None
     return options
 
 
-def read_config(arguments: list[str]) -> Config:
-    """The settings of `[PRESET] [--setting value ...]`. Wrong or contradictory ones end the program in one line."""
+def read_config(arguments, cls=Config, usage="Trains a diffusion model. Usage: main.py") -> Config:
+    """The settings of `[PRESET] [--setting value ...]`. Wrong or contradictory ones end the program in one line.
+
+    `cls` is Config, or a dataclass that adds settings to it. `usage` is the start of what `--help` prints.
+    """
     preset = "cifar10"
     if arguments and not arguments[0].startswith("-"):
         preset, *arguments = arguments
     if preset not in PRESETS:
         fail(f"{preset!r} is no preset: expected one of {', '.join(PRESETS)}, and then --setting value")
-    for word in arguments:
-        if word.startswith("--") and word[2:] in PRESETS:
-            fail(f"{word} is no setting: the preset is the first word, without dashes, as in `sh run.sh {word[2:]}`")
-    description = (f"Trains a diffusion model. Usage: main.py [PRESET] [--setting value ...], with PRESET one of "
-                   f"{', '.join(PRESETS)}. The defaults below are those of {preset}.")
-    config = parse(Config, arguments, Config(**PRESETS[preset]), description)
+    description = (f"{usage} [PRESET] [--setting value ...], with PRESET one of {', '.join(PRESETS)}. The defaults "
+                   f"below are those of {preset}.")
+    config = parse(cls, arguments, cls(**PRESETS[preset]), description)
     for problem in problems(config, int(os.environ.get("WORLD_SIZE", 1))):
         fail(problem)
     return config
 
 
-def in_short(config: Config) -> str:
+def in_short(config: Config):
     """The settings that differ from the defaults."""
-    changed = [f"{f.name} {getattr(config, f.name)}" for f in dataclasses.fields(config)
-               if getattr(config, f.name) != f.default]
-    return textwrap.indent(textwrap.fill(", ".join(changed) or "all settings at their defaults", 118), "  ")
+    changed = [f"{name} {value}" for name, value in vars(config).items() if value != getattr(Config, name)]
+    return ", ".join(changed) or "all settings at their defaults"

@@ -8,28 +8,38 @@ which train CIFAR-10. `problems` finds settings that contradict each other.
 This file imports nothing of the project, and nothing heavy: `--help` and wrong settings answer at once.
 """
 
+import ast
+import functools
 import math
+import os
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Literal, TypeVar, get_type_hints
+
+HERE = os.path.dirname(__file__)
 
 
 class Within(str):
     """An interval of numbers, such as Within("[0, 1)")."""
 
-    def __contains__(self, x: float) -> bool:
+    def __contains__(self, x):
         low, high = map(float, self[1:-1].split(","))
         return (low <= x if self[0] == "[" else low < x) and (x <= high if self[-1] == "]" else x < high)
 
-    def words(self) -> str:
-        low, high = self[1:-1].split(", ")
-        return f"a number in {self}" if high != "inf" else f"{low} or more" if self[0] == "[" else f"more than {low}"
 
+@functools.lru_cache
+def names_in(table):
+    """The keys of a dictionary such as "sampling.GRIDS", read from the source: importing it would import torch."""
+    file, name = table.split(".")
+    with open(os.path.join(HERE, f"{file}.py")) as source:
+        nodes = ast.parse(source.read()).body
+    values = {getattr(node.targets[0], "id", None): node.value for node in nodes if isinstance(node, ast.Assign)}
 
-class OneOf(NamedTuple):
-    """The allowed names are the keys of a dictionary, such as OneOf("sampling.GRIDS"), or of this other type."""
+    def keys(value):
+        if isinstance(value, ast.Dict):
+            return [key.value for key in value.keys]
+        return [key for node in ast.walk(value) if isinstance(node, ast.Name) for key in keys(values[node.id])]  # A | B
 
-    table: str
-    other: type | None = None
+    return tuple(keys(values[name]))
 
 
 T = TypeVar("T")
@@ -51,32 +61,32 @@ class Config:
     seed: Annotated[int, Within("[0, 4294967296)")] = 0  # Seed of everything random: weights, batches, times, noise.
 
     # ---- Data
-    dataset: Annotated[str, OneOf("data_utils.DATASETS", str)] = "cifar10"  # A name, or a FILE.npz or FILE.npy.
+    dataset: Literal[names_in("data_utils.DATASETS")] | str = "cifar10"  # A name, or a FILE.npz or FILE.npy.
     data_dir: MayChange[str] = "data"  # Folder of downloaded data; for image_folder the folder of class folders.
     image_size: Positive[int] = 32  # Images of image_folder are resized and centre-cropped to this many pixels a side.
     random_flip: bool = True  # Mirror each training image left to right with probability 1/2.
     overfit_one_batch: bool = False  # Train on the batch of step 0 alone: a network that cannot learn it has a bug.
 
     # ---- Process: xt = alpha(t) x0 + sigma(t) x1, with t = 0 data and t = 1 noise
-    process: Annotated[str, OneOf("processes.PROCESSES")] = "rf"  # How data turns into noise.
+    process: Literal[names_in("processes.PROCESSES")] = "rf"  # How data turns into noise.
     beta_min: float = 0.1  # linear_vp, sub_vp: noise rate beta at t = 0.
     beta_max: float = 20.0  # linear_vp, sub_vp: noise rate beta at t = 1.
     sigma_min: float = 0.002  # ve, ve_linear, edm: sigma at t = 0. May be 0 for ve_linear and edm (Song et al.: 0.01).
     sigma_max: float = 80.0  # ve, ve_linear, edm: sigma at t = 1 (Song et al. 2021 take 50 for ve).
     rho: Annotated[float, Within("[0.1, inf)")] = 7.0  # Process edm and grid edm: sigma^(1 / rho) takes equal steps.
-    coupling: Annotated[str, OneOf("couplings.COUPLINGS")] = "independent"  # Which noise goes with which data.
+    coupling: Literal[names_in("couplings.COUPLINGS")] = "independent"  # Which noise goes with which data.
     T_min: float = 1e-4  # Least time, in training and sampling.
     T_max: float = 0.9999  # Greatest time, in training and sampling.
 
     # ---- Prediction, loss and training times
-    model_type: Annotated[str, OneOf("prediction.PREDICTIONS")] = "velocity"  # What the network outputs.
-    target_type: Annotated[str, OneOf("prediction.PREDICTIONS")] = "velocity"  # What the loss compares.
+    model_type: Literal[names_in("prediction.PREDICTIONS")] = "velocity"  # What the network outputs.
+    target_type: Literal[names_in("prediction.PREDICTIONS")] = "velocity"  # What the loss compares.
     precondition: bool = False  # Give the network xt at unit variance, and log(sigma / alpha) / 4 for t, as EDM does.
     sigma_data: Positive[float] = 0.5  # Standard deviation of the data: precondition, prediction and weighting edm.
-    loss_weighting: Annotated[str, OneOf("prediction.LOSS_WEIGHTINGS")] = "none"  # Weight of each time in the loss.
+    loss_weighting: Literal[names_in("prediction.LOSS_WEIGHTINGS")] = "none"  # Weight of each time in the loss.
     min_snr_gamma: Positive[float] = 5.0  # min_snr: the greatest weight.
     sigmoid_bias: float = 2.0  # sigmoid: log-SNR at which the weight is half of the likelihood's.
-    time_sampler: Annotated[str, OneOf("time_samplers.TIME_SAMPLERS")] = "uniform"  # How training times are drawn.
+    time_sampler: Literal[names_in("time_samplers.TIME_SAMPLERS")] = "uniform"  # How training times are drawn.
     importance_weights: bool = False  # Weigh losses by 1 / density of their times: the mean is that of uniform times.
     logit_normal_loc: float = 0.0  # logit_normal: mean of logit(t); above 0 means more noise.
     logit_normal_scale: Positive[float] = 1.0  # logit_normal: standard deviation of logit(t).
@@ -85,10 +95,10 @@ class Config:
     time_beta_a: Positive[float] = 1.0  # beta: first parameter of the Beta distribution; larger means more noise.
     time_beta_b: Positive[float] = 2.0  # beta: second parameter; larger means less noise.
     mode_scale: Annotated[float, Within("[-1, 1.75]")] = 1.29  # mode: above 0 prefers the middle, below 0 the ends.
-    trainer: Annotated[str, OneOf("trainer.TRAINERS")] = "diffusion"  # Class that makes batches and takes their loss.
+    trainer: Literal[names_in("trainer.TRAINERS")] = "diffusion"  # Class that makes batches and takes their loss.
 
     # ---- Network
-    network: Annotated[str, OneOf("build.NETWORKS")] = "unet"  # Architecture, called as net(xt, t, label).
+    network: Literal[names_in("build.NETWORKS")] = "unet"  # Architecture, called as net(xt, t, label).
     model_channels: Annotated[int, Within("[2, inf)")] = 128  # unet: channels at full resolution.
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # unet: multiples of model_channels, one for each resolution.
     num_res_blocks: Positive[int] = 2  # unet: residual blocks at each resolution.
@@ -105,7 +115,7 @@ class Config:
     num_training_steps: MayChange[Positive[int]] = 400_000  # Optimizer steps.
     base_lr: Positive[float] = 2e-4  # Learning rate after warm-up.
     min_lr: NotNegative[float] = 0.0  # Learning rate at the end of the cosine schedule.
-    lr_schedule: Annotated[str, OneOf("optimizers.SCHEDULES")] = "constant"  # Learning rate after warm-up.
+    lr_schedule: Literal[names_in("optimizers.SCHEDULES")] = "constant"  # Learning rate after warm-up.
     warmup_steps: NotNegative[int] = 5000  # Steps in which the learning rate rises linearly to base_lr.
     weight_decay: NotNegative[float] = 0.0  # AdamW's decay of the matrices; biases and norms have none.
     grad_clip_norm: NotNegative[float] = 1.0  # Gradients of a larger norm are scaled down to this one; 0 turns it off.
@@ -113,12 +123,12 @@ class Config:
     ema_decay: Share[float] = 0.9999  # Decay of the moving average of the weights; (1 + n) / (10 + n) at the start.
 
     # ---- Sampling: the grids of samples drawn in training, and the defaults of sample.py
-    sampler: Sampling[Annotated[str, OneOf("sampling.SAMPLERS")]] = "heun"  # Sampler of the first row of grids.
-    sde_sampler: MayChange[Annotated[str | None, OneOf("sampling.SDE_SAMPLERS")]] = "euler_maruyama"  # The second row.
+    sampler: Sampling[Literal[names_in("sampling.SAMPLERS")]] = "heun"  # Sampler of the first row of grids.
+    sde_sampler: MayChange[Literal[names_in("sampling.SDE_SAMPLERS")] | None] = "euler_maruyama"  # The second row.
     sampling_steps: Sampling[Positive[int]] = 50  # Steps from T_max to T_min; heun calls the network twice in each.
-    grid: Sampling[Annotated[str, OneOf("sampling.GRIDS")]] = "uniform"  # Times of the steps.
+    grid: Sampling[Literal[names_in("sampling.GRIDS")]] = "uniform"  # Times of the steps.
     grid_shift: Sampling[Positive[float]] = 3.0  # shifted: above 1 for shorter steps near the noise.
-    sde_diffusion: Sampling[Annotated[str, OneOf("sampling.DIFFUSIONS")]] = "sigma"  # Noise of the SDE, g(t)^2 / 2.
+    sde_diffusion: Sampling[Literal[names_in("sampling.DIFFUSIONS")]] = "sigma"  # Noise of the SDE, g(t)^2 / 2.
     sde_scale: Sampling[NotNegative[float]] = 1.0  # Factor of sde_diffusion; 0 makes the SDE the ODE.
     corrector_snr: Sampling[NotNegative[float]] = 0.16  # predictor_corrector: size of Langevin's step.
     churn: Sampling[NotNegative[float]] = 30.0  # edm_churn: EDM's S_churn, noise added in all steps together.
@@ -132,11 +142,11 @@ class Config:
     guidance_t_min: Sampling[float] = 0.0  # Least time at which guidance acts.
     guidance_t_max: Sampling[float] = 1.0  # Greatest time at which guidance acts.
     num_samples: MayChange[Positive[int]] = 64  # Samples in a grid.
-    sampling_batch_size: MayChange[Positive[int]] = 500  # Samples that one rank draws at once.
+    sampling_batch_size: Sampling[Positive[int]] = 500  # Samples that one rank draws at once.
 
     # ---- Evaluation in training, by the metrics that are cheap: see metrics.py; evaluate.py does more
     evaluate_every: MayChange[NotNegative[int]] = 50_000  # Steps between evaluations, also at the end; 0: none.
-    evaluation_samples: MayChange[Positive[int]] = 1000  # Samples of EMA weights, by `sampler`, in each.
+    evaluation_samples: MayChange[Annotated[int, Within("[10, inf)")]] = 1000  # Samples of EMA weights in each.
 
     # ---- Watching
     log_every: MayChange[Positive[int]] = 100  # Steps between lines of metrics.
@@ -149,10 +159,10 @@ class Config:
 
     # ---- Devices
     device: MayChange[Literal["auto", "cpu", "cuda"]] = "auto"  # auto: the GPU where there is one.
-    bf16: Sampling[bool | None] = None  # Run the network in bfloat16. None: on a GPU of capability 8.0 or more.
+    bf16: Sampling[bool | None] = None  # Run the network in bfloat16. None: on a GPU that has it. Slow on most CPUs.
     compile: Sampling[bool | None] = None  # Compile the network. None: on a GPU, where training or sampling is long.
     compile_mode: MayChange[CompileMode] = "default"  # Mode of torch.compile.
-    channels_last: MayChange[bool] = True  # Keep images as (B, H, W, C) in memory, which convolutions like.
+    channels_last: bool = True  # Keep images as (B, H, W, C) in memory, which convolutions like.
     tf32: MayChange[bool] = True  # Allow TF32 in float32 products on a GPU.
     cudnn_benchmark: MayChange[bool] = True  # Let cuDNN try its convolutions for each shape on a GPU, for the fastest.
     timeout: MayChange[Annotated[float, Within("(0, 10000]")]] = 10.0  # Minutes that a rank waits for the others.
@@ -200,12 +210,12 @@ PRESETS = {
 }
 
 
-def marks(cls) -> dict[str, tuple]:
-    """What the type of each setting of a dataclass says beside its kind: Within, OneOf, "may change", "sampling"."""
+def marks(cls):
+    """What the type of each setting of a dataclass says beside its kind: Within, "may change", "sampling"."""
     return {name: getattr(hint, "__metadata__", ()) for name, hint in get_type_hints(cls, include_extras=True).items()}
 
 
-def out_of_range(options) -> list[str]:
+def out_of_range(options):
     """Numbers that the types of their settings do not allow, one line each; None is ignored."""
     found = []
     for name, allowed in marks(type(options)).items():
@@ -213,16 +223,12 @@ def out_of_range(options) -> list[str]:
         if isinstance(value, float) and not math.isfinite(value):
             found.append(f"{name} is {value}: expected a finite number")
         elif value is not None:
-            found += [f"{name} is {value}: expected {mark.words()}" for mark in allowed
+            found += [f"{name} is {value}: expected a number in {mark}" for mark in allowed
                       if isinstance(mark, Within) and value not in mark]
-    for low, high in (("guidance_t_min", "guidance_t_max"), ("churn_min", "churn_max")):
-        a, b = getattr(options, low, None), getattr(options, high, None)
-        if a is not None and b is not None and a > b:
-            found.append(f"{low} {a} is above {high} {b}: lower --{low}, or raise --{high}")
     return found
 
 
-def problems(c: Config, world_size: int) -> list[str]:
+def problems(c: Config, world_size):
     """Settings out of range, or that contradict each other, one line each with the way out; none if all is well.
 
     `world_size` is the number of ranks. What depends on the data or on a formula is checked where it is known

@@ -21,7 +21,7 @@ class EMA:
         self.buffers = list(zip(self.net.buffers(), net.buffers()))
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self):
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
         for copied, buffer in self.buffers:
@@ -31,6 +31,6 @@ class EMA:
     def state_dict(self) -> dict:
         return {"net": self.net.state_dict(), "num_updates": self.num_updates}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict):
         self.net.load_state_dict(state["net"])
         self.num_updates = state["num_updates"]

@@ -8,25 +8,24 @@ import logging
 import os
 import signal
 import sys
-import tempfile
+
+from command_line import STATUS, fail
 
 HANDLED = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1]  # SIGUSR1 would kill torchrun, not the ranks
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
     HANDLED.append(signal.SIGHUP)
-for name, value in {
+os.environ |= {
     "PET_SIGNALS_TO_HANDLE": ",".join(number.name for number in HANDLED),
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or ranks that are started again may read addresses of dead ones
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # or 20 lines report a node that leaves first, and more a name unknown to DNS
-}.items():
-    os.environ.setdefault(name, value)
+} | os.environ
 
 try:
     from torch.distributed import DistError
     from torch.distributed.elastic import multiprocessing, rendezvous
     from torch.distributed.run import main
 except ModuleNotFoundError as error:
-    print(f"error: {error}: pip install -r requirements.txt", file=sys.stderr)
-    sys.exit(2)
+    fail(f"{error}: pip install -r requirements.txt")
 
 
 def stop_once(number, frame):
@@ -38,30 +37,23 @@ def stop_once(number, frame):
     raise multiprocessing.SignalException(f"signal {number}", sigval=signal.Signals(number))
 
 
-def launch(status_file) -> int:
-    """Runs torchrun; returns the exit status. Ranks that stop after a checkpoint leave their own in `status_file`."""
-    status = 0
+def launch(resumable):
+    """Runs torchrun; returns the exit status. After a signal that is 75, if the script is `resumable`."""
     try:
         main()
+        return 0
     except multiprocessing.SignalException as stop:
-        status = 128 + stop.sigval
+        return STATUS if resumable else 128 + stop.sigval
     except multiprocessing.errors.ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
         guess = {"SIGKILL": " (out of memory?)", "SIGABRT": " (NCCL time-out?)"}.get(name, "")
-        print(f"error: rank {rank} was ended by {name}{guess}", file=sys.stderr)
-        return 128 - failure.exitcode  # as in a shell
+        fail(f"rank {rank} was ended by {name}{guess}", 128 - failure.exitcode)  # as in a shell
     except (rendezvous.RendezvousError, DistError) as error:
-        sys.exit(f"error: the nodes did not meet ({type(error).__name__}): expected the same NODES and HEAD on all, "
-                 "and as HEAD a name of the first node that the others know, with a free port; look at /etc/hosts and "
-                 "firewalls")
-    own_status = status_file.read()
-    if status and not own_status:
-        print(f"error: ended by {signal.Signals(status - 128).name}; the same command resumes the run from the last "
-              "checkpoint", file=sys.stderr)
-    return int(own_status or status)
+        fail(f"the nodes did not meet ({type(error).__name__}): expected the same NODES and HEAD on all, and as HEAD a "
+             "name of the first node that the others know, with a free port; look at /etc/hosts and firewalls", 1)
 
 
 if __name__ == "__main__":
@@ -72,6 +64,4 @@ if __name__ == "__main__":
     multiprocessing.api._terminate_process_handler = stop_once
     for number in HANDLED:
         signal.signal(number, stop_once)
-    with tempfile.NamedTemporaryFile("r", prefix="launch_status_") as status_file:
-        os.environ["LAUNCH_STATUS"] = status_file.name
-        sys.exit(launch(status_file))
+    sys.exit(launch(resumable=any(word.endswith("main.py") for word in sys.argv)))

@@ -63,8 +63,7 @@ def flow(field, x: Tensor, t_from: float, t_to: float, probe: Tensor | None = No
 
 def log_normal(x: Tensor, std: float) -> Tensor:
     """log N(x; 0, std^2 I), (B,), for x (B, ...)."""
-    y = x.flatten(1)
-    return -0.5 * (y / std).square().sum(1) - y.shape[1] * math.log(std * math.sqrt(2 * math.pi))
+    return -0.5 * ((x.flatten(1) / std) ** 2 + math.log(2 * math.pi * std**2)).sum(1)
 
 
 def log_likelihood(field, x0: Tensor, T_min: float, T_max: float, probe: Tensor | None = None, log_prior=None,
@@ -75,16 +74,6 @@ def log_likelihood(field, x0: Tensor, T_min: float, T_max: float, probe: Tensor 
     """
     x1, change = flow(field, x0, T_min, T_max, probe, rtol, atol)
     return (log_prior(x1) if log_prior else log_normal(x1, field.process.at(T_max).sigma.item())) - change
-
-
-def sample_with_log_likelihood(field, x1: Tensor, T_min: float, T_max: float, probe: Tensor | None = None,
-                               rtol: float = 1e-5, atol: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """Solves the ODE from x1 (B, ...) at T_max, drawn from N(0, sigma(T_max)^2 I), to T_min.
-
-    Returns the sample (B, ...), and its log-likelihood (B,) in nats.
-    """
-    x0, change = flow(field, x1, T_max, T_min, probe, rtol, atol)
-    return x0, log_normal(x1, field.process.at(T_max).sigma.item()) + change
 
 
 def bits_per_dim(log_p: Tensor, dims: int, bin_width: float = 1 / 127.5) -> Tensor:
@@ -111,7 +100,7 @@ def log_likelihoods(net, process: Process, data: Tensor, *, rows: range, device,
     `batch_size` nor on the number of ranks. `settings` may hold arguments of `Field`, such as model_type, and of
     `flow`; others are ignored. Raises UserError for an unknown probe.
     """
-    def log_p(batch: range, size: int) -> Tensor:
+    def log_p(batch: range) -> Tensor:
         noise = RowNoise(batch, data.shape[1:], device, seed, "likelihood")
         x0 = data[batch.start : batch.stop].to(device)
         if bin_width:

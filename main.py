@@ -7,7 +7,7 @@ is heavy to import is imported once the settings are known to be right.
 from command_line import in_short, read_config, start
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]):
     config = read_config(arguments)
 
     from distributed import print0, rank0_first, set_up, world_size

@@ -1,26 +1,24 @@
 """Measures how near samples are to data: in the features of an extractor for images, as clouds of points for vectors.
 
-    evaluator = Evaluator(train, {"train": train}, device)  # once, on all ranks
+    evaluator = Evaluator(train, train, device)  # once, on all ranks
     evaluator(samples, labels)  # {"classifier_fd1k": 0.16, "classifier_kid": -0.003, ...}
 
 It can be called with data as well, which shows what a perfect model would get. The formulas of the feature distances
 are those of torch-fidelity. To add a metric, add its number to what `compare_features` (images) or `compare_points`
 (vectors) returns.
 
-An extractor takes uint8 images (B, C, H, W) and returns float32 features (B, D) and logits (B, K). Distances in the
-features of two extractors cannot be compared, so each has a `name` and a `sha256`. There are two:
+An extractor takes uint8 images (B, C, H, W) and returns float32 features (B, D). Distances in the features of two
+extractors cannot be compared, so each has a `sha256`. There are two:
 
 - Inception-v3 by torch-fidelity, with the weights of the original FID (Heusel et al. 2017, "GANs Trained by a Two
   Time-Scale Update Rule", section 3).
 - A small classifier, for images unlike those of ImageNet, or where these weights are missing. It learns the labels of
-  the training split in a minute. Without labels it learns by how many quarters an image is turned (Gidaris et al. 2018,
-  "Unsupervised Representation Learning by Predicting Image Rotations").
+  the training split in a minute. Images without labels get the number of their cluster for a label.
 
-To add an extractor, write such a class and a function that makes it, and give it a row in EXTRACTORS.
+To add an extractor, write such a class, made from the training split and a device, and give it a row in EXTRACTORS.
 """
 
 import hashlib
-import importlib
 import os
 import re
 
@@ -31,21 +29,23 @@ from torch import Tensor, nn
 import data_utils
 from command_line import signal_name, stop_requested
 from data_utils import Dataset
-from distributed import all_or_none, gather_rows, on_rank0, print0, rank0_first, share
-from logging_utils import Progress, no_answer
+from distributed import all_or_none, gather_rows, on_rank0, rank0_first, share
+from logging_utils import Progress
 from saving import digest, write_tensors
 from utils import UserError, first_line, import_torchvision, in_batches
 
+LEAST = 10  # fewest samples, and items of a reference, that are compared
 SUBSET = 10_000  # most features of a reference that are kept, for metrics of all pairs
 POINTS = 5000  # most points of each side in the metrics of vectors
-PIXELS = 15_000_000  # most pixels of the data that are read at once for neighbours
+CHUNK = 1000  # items of the data that are read at once for neighbours
+CLUSTERS = 10  # of images without labels
 CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_RATE = 400, 256, 1e-2  # some 70 s on two cores for images of 32 x 32
 
 
 # ---- Points
 
 
-def energy_distance(x: Tensor, y: Tensor) -> float:
+def energy_distance(x: Tensor, y: Tensor):
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| of samples (N, D) and (M, D), without bias, so that it can be below 0.
 
     Szekely & Rizzo 2013, "Energy statistics", eq. 2.5. It is 0 if and only if the distributions are the same.
@@ -53,7 +53,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     return (2 * torch.cdist(x, y).mean() - torch.pdist(x).mean() - torch.pdist(y).mean()).item()
 
 
-def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 200) -> float:
+def sliced_wasserstein(x: Tensor, y: Tensor, projections=200):
     """Sliced 2-Wasserstein distance of samples (N, D) and (N, D), over fixed random directions.
 
     Bonneel et al. 2015, "Sliced and Radon Wasserstein Barycenters of Measures", section 3.
@@ -63,136 +63,96 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 200) -> float:
     return (x - y).square().mean().sqrt().item()
 
 
-def classifier_two_sample(x: Tensor, y: Tensor) -> float:
+def classifier_two_sample(x: Tensor, y: Tensor):
     """Share of held-out points of (N, D) and (N, D) that boosted trees assign to the right side: 0.5 is chance.
 
     Lopez-Paz & Oquab 2017, "Revisiting Classifier Two-Sample Tests", section 3. The mean over five folds.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.model_selection import cross_val_score
 
     points, side = torch.cat([x, y]).numpy(), np.repeat([0, 1], [len(x), len(y)])
-    folds = StratifiedKFold(5, shuffle=True, random_state=0)
     trees = HistGradientBoostingClassifier(max_iter=50, random_state=0)
-    return float(cross_val_score(trees, points, side, cv=folds).mean())
+    return float(cross_val_score(trees, points, side, cv=5).mean())
 
 
-def compare_points(samples: Tensor, reference: Dataset) -> dict[str, float]:
+def compare_points(samples: Tensor, reference: Dataset):
     """The metrics of samples (N, D) against a reference, in units of its standard deviations.
 
-    Of the first POINTS samples, and of as many random points of the reference. Raises UserError if samples are not
-    finite.
+    Of the first samples, and of as many random points of the reference, at most POINTS. Raises UserError if samples are
+    not finite.
     """
-    rows = np.random.default_rng(0).permutation(len(reference.data))[:POINTS]
-    points = samples[:POINTS], torch.from_numpy(reference.data[rows])
-    x, y = (reference.spec.encode(part).double() for part in points)
+    n = min(len(samples), len(reference.data), POINTS)
+    rows = np.random.default_rng(0).permutation(len(reference.data))[:n]
+    x, y = (reference.spec.encode(part).double() for part in (samples[:n], torch.from_numpy(reference.data[rows])))
     if bad := (~x.isfinite().all(1)).sum().item():
-        raise UserError(f"{bad} of {len(x)} samples are not finite, and have no distance")
-    n = min(len(x), len(y))
-    found = {"sliced_wasserstein": sliced_wasserstein(x[:n], y[:n]), "energy_distance": energy_distance(x, y)}
-    if n >= 10:
-        found["c2st"] = classifier_two_sample(x[:n], y[:n])
+        raise UserError(f"{bad} of {n} samples are not finite, and have no distance")
+    found = {"sliced_wasserstein": sliced_wasserstein(x, y), "energy_distance": energy_distance(x, y),
+             "c2st": classifier_two_sample(x, y)}
     return found
 
 
 # ---- Features
 
 
-def fidelity(name: str):
-    """The module of torch-fidelity that holds the formulas of a metric."""
-    import_torchvision()  # which torch_fidelity imports
-    try:
-        return importlib.import_module(f"torch_fidelity.metric_{name}")
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error}: pip install -r requirements.txt") from error
+def compare_features(x: Tensor, reference: dict[str, Tensor]):
+    """The metrics of features x (N, D) of samples against a reference, which is a result of `statistics_of`.
 
-
-def frechet_distance(x: Tensor, reference: dict[str, Tensor]) -> float:
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, D) and a reference's mean and covariance.
-
-    The squared 2-Wasserstein distance of the two Gaussians (Heusel et al. 2017, eq. 6).
+    - fd: |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of the means and covariances of features, the squared
+      2-Wasserstein distance of two Gaussians (Heusel et al. 2017, eq. 6).
+    - kid: squared MMD of the cubic kernel (x . y / D + 1)^3, without bias, so that it can be below 0 (Binkowski et al.
+      2018, "Demystifying MMD GANs", section 4). The mean over random subsets of 1,000, or of all if there are fewer.
+    - precision, recall: shares of samples among the data, and of data among the samples. A point is among others if it
+      is as near to one of them as the third neighbour of that one, or nearer (Kynkaanniemi et al. 2019, "Improved
+      Precision and Recall Metric", section 2).
     """
-    fid = fidelity("fid")
-    gaussian = {"mu": reference["mean"].numpy(), "sigma": reference["covariance"].numpy()}
-    found = fid.fid_statistics_to_metric(fid.fid_features_to_statistics(x.double()), gaussian, verbose=False)
-    return found["frechet_inception_distance"]
+    import_torchvision()  # before torch_fidelity does
+    from torch_fidelity import metric_fid, metric_kid, metric_prc
 
-
-def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100) -> float:
-    """Squared MMD of the cubic kernel (x . y / D + 1)^3 of features (N, D) and (M, D), without bias.
-
-    It can be below 0. Binkowski et al. 2018, "Demystifying MMD GANs", section 4. The mean over random subsets of 1,000,
-    or of all if there are fewer.
-    """
-    size = min(1000, len(x), len(y))
-    found = fidelity("kid").kid_features_to_metric(x, y, kid_subset_size=size, kid_subsets=subsets, verbose=False)
-    return found["kernel_inception_distance_mean"]
-
-
-def precision_recall(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Shares of samples x (N, D) among the data, and of data y (M, D) among the samples. N and M are 4 or more.
-
-    A point is among others if it is as near to one of them as the third neighbour of that one, or nearer (Kynkaanniemi
-    et al. 2019, "Improved Precision and Recall Metric", section 2).
-    """
-    found = fidelity("prc").prc_features_to_metric(x[:SUBSET], y, save_cpu_ram=True, prc_batch_size=1000, verbose=False)
-    return found["precision"], found["recall"]
-
-
-def compare_features(x: Tensor, reference: dict[str, Tensor]) -> dict[str, float]:
-    """The metrics of features x (N, D) of samples against a reference, which is a result of `statistics_of`."""
-    y, found = reference["features"], {}
-    n = min(len(x), len(y))
-    if n >= 2:
-        found[f"fd{len(x)}"] = frechet_distance(x, reference)
-        found["kid"] = kernel_distance(x, y)
-    if n >= 4:
-        found["precision"], found["recall"] = precision_recall(x, y)
+    y, gaussian = reference["features"], {name: reference[name].numpy() for name in ("mu", "sigma")}
+    fid = metric_fid.fid_statistics_to_metric(metric_fid.fid_features_to_statistics(x.double()), gaussian, False)
+    kid = metric_kid.kid_features_to_metric(x, y, kid_subset_size=min(1000, len(x), len(y)), verbose=False)
+    prc = metric_prc.prc_features_to_metric(x[:SUBSET], y, save_cpu_ram=True, prc_batch_size=1000, verbose=False)
+    found = {f"fd{len(x)}": fid["frechet_inception_distance"], "kid": kid["kernel_inception_distance_mean"],
+             "precision": prc["precision"], "recall": prc["recall"]}
     return found
 
 
-def inception_score(logits: Tensor) -> float:
-    """exp E KL(p(y|x) || p(y)) of logits (N, K) (Salimans et al. 2016, section 4), the mean over ten parts."""
-    return fidelity("isc").isc_features_to_metric(logits, splits=min(10, len(logits)))["inception_score_mean"]
-
-
 @torch.no_grad()
-def features_of(extractor, images: np.ndarray, device) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and logits (N, K), float32, on the CPU, of uint8 images (N, C, H, W).
+def features_of(extractor, images: np.ndarray, device) -> Tensor:
+    """Features (N, D), float32, on the CPU, of uint8 images (N, C, H, W).
 
     Each rank takes its share of the images and gets the features of all. All ranks must call it.
     """
-    def extract(rows, size):
-        batch = torch.from_numpy(np.array(images[rows.start : rows.stop]))
-        return tuple(values.float().cpu() for values in extractor(batch.to(device)))
+    def extract(rows):
+        return extractor(torch.tensor(images[rows.start : rows.stop], device=device)).cpu()
 
-    rows = share(len(images))  # if there are none, extract still gives the numbers of columns
-    parts = all_or_none(lambda: list(in_batches(extract, rows, 100)) or [extract(rows, 0)])
-    return tuple(gather_rows(torch.cat(values)) for values in zip(*parts))
+    rows = share(len(images))  # if there are none, extract still gives the number of columns
+    return gather_rows(torch.cat(all_or_none(lambda: list(in_batches(extract, rows, 100)) or [extract(rows)])))
 
 
 def statistics_of(extractor, images: np.ndarray, device) -> dict[str, Tensor]:
-    """Mean (D,) and covariance (D, D) of the features of images, float64, and `features` (M, D) of a random subset.
+    """Mean `mu` (D,) and covariance `sigma` (D, D) of the features of images, float64, and `features` of SUBSET or all.
 
     The images are read once, SUBSET at a time: memory does not grow with their number. All ranks must call it.
     """
-    chosen = torch.from_numpy(np.random.default_rng(0).permutation(len(images)) < SUBSET)
+    chosen = np.random.default_rng(0).permutation(len(images)) < SUBSET
     total, products, kept = 0.0, 0.0, []
     for start in range(0, len(images), SUBSET):
         rows = slice(start, start + SUBSET)
-        features, _ = features_of(extractor, images[rows], device)
+        features = features_of(extractor, images[rows], device)
         kept.append(features[chosen[rows]])
         features = features.double()
         total, products = total + features.sum(0), products + features.T @ features
     mean = total / len(images)
-    covariance = (products - len(images) * mean[:, None] * mean) / (len(images) - 1)
-    return {"mean": mean, "covariance": covariance, "features": torch.cat(kept)}
+    sigma = (products - len(images) * mean[:, None] * mean) / (len(images) - 1)
+    return {"mu": mean, "sigma": sigma, "features": torch.cat(kept)}
 
 
 # ---- What is kept in data/cache
 
 
-def content(data: np.ndarray) -> str:
+def content(data: np.ndarray):
     """The SHA-256 of an array's type, shape and values, as hexadecimal digits."""
     hashed = hashlib.sha256(f"{data.dtype} {data.shape}".encode())
     for start in range(0, len(data), 4096):
@@ -200,57 +160,59 @@ def content(data: np.ndarray) -> str:
     return hashed.hexdigest()
 
 
-def cache_path(name: str) -> str:
-    """The path of a file of tensors in data/cache, a folder that it makes."""
-    os.makedirs(data_utils.CACHE, exist_ok=True)
-    return os.path.join(data_utils.CACHE, f"{name}.pt")
+def cached(kind, arrays: list[np.ndarray], recipe, make) -> dict[str, Tensor]:
+    """The tensors that all ranks `make` by this recipe from these arrays, once: rank 0 keeps its own in data/cache.
 
+    Raises UserError if the file is damaged. All ranks must call it.
+    """
+    key = on_rank0(lambda: digest([*map(content, arrays), recipe])[:16])
+    path = os.path.join(data_utils.CACHE, f"{kind}-{key}.pt")
+    if not on_rank0(lambda: os.path.exists(path)):
+        tensors = make()
+        on_rank0(lambda: write_tensors(path, tensors))
 
-def read_cache(path: str) -> dict[str, Tensor]:
-    """The tensors of a file in data/cache. Raises UserError if it is damaged."""
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a damaged file fails in many ways
-        raise UserError(f"{path} cannot be read ({type(error).__name__}): remove it, and it is made again") from error
+    def read():
+        try:
+            return torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # a damaged file fails in many ways
+            why = type(error).__name__
+            raise UserError(f"{path} cannot be read ({why}): remove it, and it is made again") from error
+
+    return on_rank0(read)
 
 
 # ---- The classifier
 
 
 class Classifier(nn.Module):
-    """Three convolutions, pooled to 64 features, and a linear layer to the logits. Images (B, C, H, W), of any size."""
+    """Three convolutions, pooled to 64 features, for images (B, C, H, W) of any size. `head` makes logits of them."""
 
-    kind = name = "classifier"
+    prefix = "classifier_"  # of the names of its metrics
 
-    def __init__(self, shape: tuple[int, ...], classes: int):
+    def __init__(self, shape, classes):
         super().__init__()
-        layers, channels = [], shape[0]
-        for width, stride in ((32, max(1, shape[1] // 32)), (64, 2), (64, 2)):
+        layers = []
+        for channels, width, stride in ((shape[0], 32, max(1, shape[1] // 32)), (32, 64, 2), (64, 64, 2)):
             layers += [nn.Conv2d(channels, width, 3, stride, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-            channels = width
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(channels, classes)
+        self.head = nn.Linear(width, classes)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.body(images.float() / 127.5 - 1)  # (B, 64)
-        return features, self.head(features)
-
-
-def turned(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (B, C, H, W), each turned by a random number of quarters, and that number (B,).
-
-    Those that are not square are turned by halves.
-    """
-    quarters = 1 if images.shape[2] == images.shape[3] else 2
-    turns = torch.randint(4 // quarters, (len(images),), generator=generator)
-    return torch.stack([image.rot90(quarters * k, (1, 2)) for image, k in zip(images, turns.tolist())]), turns
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images.float() / 127.5 - 1)  # (B, 64)
 
 
-def train_classifier(net: Classifier, data: np.ndarray, labels: np.ndarray | None, device) -> None:
-    """Trains `net` on uint8 images (N, C, H, W) and labels (N,), or on turned images.
+def train_classifier(net: Classifier, train: Dataset, device):
+    """Trains `net` on the images of `train` and their labels, or else the numbers of their clusters.
 
     The result is the same each time, on one kind of device.
     """
+    labels = train.labels
+    if labels is None:
+        from sklearn.cluster import MiniBatchKMeans
+
+        step = max(1, train.data.shape[2] // 8)
+        pixels = train.data[:, :, ::step, ::step].reshape(len(train.data), -1)  # of some 8 x 8 places
+        labels = MiniBatchKMeans(CLUSTERS, random_state=0).fit_predict(pixels)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, CLASSIFIER_RATE, CLASSIFIER_STEPS)
     generator = torch.Generator().manual_seed(0)
@@ -258,13 +220,9 @@ def train_classifier(net: Classifier, data: np.ndarray, labels: np.ndarray | Non
         for _ in range(CLASSIFIER_STEPS):
             if number := stop_requested():  # in training, which defers the signals
                 raise UserError(f"stopped by {signal_name(number)}")
-            rows = np.sort(torch.randint(len(data), (CLASSIFIER_BATCH,), generator=generator).numpy())
-            images = torch.from_numpy(data[rows])
-            if labels is None:
-                images, target = turned(images, generator)
-            else:
-                target = torch.from_numpy(labels[rows])
-            loss = nn.functional.cross_entropy(net(images.to(device))[1], target.to(device))
+            rows = np.sort(torch.randint(len(labels), (CLASSIFIER_BATCH,), generator=generator).numpy())
+            images, target = (torch.from_numpy(array[rows]).to(device) for array in (train.data, labels))
+            loss = nn.functional.cross_entropy(net.head(net(images)), target.long())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -272,28 +230,20 @@ def train_classifier(net: Classifier, data: np.ndarray, labels: np.ndarray | Non
             progress.update()
 
 
-def make_classifier(train: Dataset, device, inception_weights: str | None = None) -> Classifier:
+def make_classifier(train: Dataset, device) -> Classifier:
     """The classifier of the training split. Rank 0 trains it if data/cache does not hold it. All ranks must call it."""
-    if inception_weights:
-        raise UserError(f"extractor classifier does not read inception_weights {inception_weights}: leave one out")
-    _, height, width = train.spec.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = Classifier(train.spec.shape, train.spec.num_classes or (4 if height == width else 2)).to(device)
+        net = Classifier(train.spec.shape, train.spec.num_classes or CLUSTERS).to(device)
 
-    def weights():
-        labels = "" if train.labels is None else content(train.labels)
-        recipe = f"{CLASSIFIER_STEPS} {CLASSIFIER_BATCH} {CLASSIFIER_RATE} {net}"
-        key = hashlib.sha256(f"{content(train.data)} {labels} {recipe}".encode()).hexdigest()[:16]
-        path = cache_path(f"classifier-{key}")
-        if not os.path.exists(path):
-            train_classifier(net.train(), train.data, train.labels, device)
-            write_tensors(path, net.state_dict())
-        return read_cache(path)
+    def trained():
+        on_rank0(lambda: train_classifier(net.train(), train, device))
+        return net.state_dict()
 
-    state = on_rank0(weights)  # small enough to send to all ranks
-    net.load_state_dict(state)
-    net.sha256 = digest(state)
+    arrays = [train.data] if train.labels is None else [train.data, train.labels]
+    recipe = f"{CLASSIFIER_STEPS} {CLASSIFIER_BATCH} {CLASSIFIER_RATE} {net}"
+    net.load_state_dict(cached("classifier", arrays, recipe, trained))
+    net.sha256 = digest(net.state_dict())
     return net.eval()
 
 
@@ -301,148 +251,103 @@ def make_classifier(train: Dataset, device, inception_weights: str | None = None
 
 
 class Inception(nn.Module):
-    """torch-fidelity's port of the TensorFlow network: 2,048 features, and logits without bias."""
+    """torch-fidelity's port of the TensorFlow network, with 2,048 features. Its weights are downloaded once.
 
-    kind, name = "inception", "inception-v3-compat"
+    Raises UserError if they cannot be read or downloaded; the line says which file to put where. All ranks must make
+    it, and it raises on all or on none.
+    """
 
-    def __init__(self, weights: str | None):
+    prefix = ""
+
+    def __init__(self, train: Dataset, device):
         import_torchvision()  # before torch_fidelity does
-        from torch_fidelity import FeatureExtractorInceptionV3
+        from torch_fidelity import feature_extractor_inceptionv3 as library
 
         super().__init__()
-        layers = ["2048", "logits_unbiased"]
-        self.net = FeatureExtractorInceptionV3(self.name, layers, feature_extractor_weights_path=weights)
+        url = library.URL_INCEPTION_V3
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+
+        def load(first):
+            try:
+                if os.path.exists(path):
+                    torch.load(path, weights_only=True)  # torch_fidelity would run code that a file holds
+                return library.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+            except Exception as error:  # no network, a full disk, a damaged file, weights of another network
+                raise UserError(f"cannot get Inception's weights ({first_line(error)}): download {url} "
+                                f"and put it at {path}, or use --extractor classifier") from error
+
+        self.net = all_or_none(lambda: rank0_first(load)).to(device)
         self.sha256 = digest(self.net.state_dict())
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.net(images[:, :3] if images.shape[1] >= 3 else images.expand(-1, 3, -1, -1))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images[:, :3].expand(-1, 3, -1, -1))[0]  # grey images get three channels
 
 
-def make_inception(train: Dataset, device, inception_weights: str | None = None) -> Inception:
-    """Inception-v3 with the weights of this file, or with those that torch-fidelity downloads once.
-
-    Raises UserError if the weights cannot be read or downloaded; the line says which file to put where. All ranks must
-    call it, and it raises on all or on none.
-    """
-    import_torchvision()
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
-
-    name = os.path.basename(url)
-    downloaded = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-
-    def load(first):
-        if inception_weights and not os.path.isfile(inception_weights):
-            raise UserError(f"inception_weights {inception_weights!r} is no file: expected {name}, from {url}")
-        failure = None if inception_weights or os.path.exists(downloaded) else no_answer(url)
-        try:
-            if failure is None:
-                if inception_weights:
-                    torch.load(inception_weights, weights_only=True)  # torch_fidelity would run code that a file holds
-                return Inception(inception_weights)
-        except Exception as error:  # no network, a full disk, a damaged file, weights of another network
-            failure = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"cannot get Inception's weights ({failure}): download {url}, and give it as "
-                        f"--inception_weights FILE or put it at {downloaded}; or use --extractor classifier")
-
-    return all_or_none(lambda: rank0_first(load)).to(device).eval()
-
-
-def make_auto(train: Dataset, device, inception_weights: str | None = None):
-    """Inception-v3, if its weights are given, or can be had and the images are of colour and of 32 pixels or more.
-
-    Else the classifier. All ranks must call it.
-    """
-    channels, *sides = train.spec.shape
-    if inception_weights:
-        return make_inception(train, device, inception_weights)
-    if channels >= 3 and min(sides) >= 32:
-        try:
-            return make_inception(train, device)
-        except UserError as error:
-            print0(f"{error}; using the classifier instead")
-    return make_classifier(train, device)
-
-
-EXTRACTORS = {"auto": make_auto, "classifier": make_classifier, "inception": make_inception}
+EXTRACTORS = {"classifier": make_classifier, "inception": Inception}
 
 
 # ---- Neighbours
 
 
-def nearest(images: Tensor, data: np.ndarray, k: int, device) -> tuple[Tensor, Tensor]:
+def nearest(images: np.ndarray, data: np.ndarray, k, device) -> tuple[Tensor, Tensor]:
     """The k items of data (M, ...) nearest to each of images (N, ...), both uint8: distances and indices (N, k).
 
-    Distances are of pixels in [0, 1]. The data are read in parts. Memory: 4 bytes for each pair of image and item.
+    Distances are of pixel values. The data are read in parts. Memory: 4 bytes for each pair of image and item.
     """
     def pixels(items):
-        return torch.from_numpy(np.array(items)).to(device).flatten(1).float() / 255
+        return torch.tensor(items, device=device).flatten(1).float()
 
-    x, chunk = pixels(images.numpy()), max(1, PIXELS // images[0].numel())
-    distances = [torch.cdist(x, pixels(data[i : i + chunk])).cpu() for i in range(0, len(data), chunk)]
-    return torch.cat(distances, 1).topk(min(k, len(data)), largest=False)
+    x = pixels(images)
+    distances = [torch.cdist(x, pixels(data[i : i + CHUNK])).cpu() for i in range(0, len(data), CHUNK)]
+    return torch.cat(distances, 1).topk(k, largest=False)
 
 
 # ---- All together
 
 
-def metric_name(kind: str, name: str, split: str) -> str:
+def metric_name(prefix, name, suffix):
     """The full name of a metric, such as fid10k, kid_test or classifier_fd1k.
 
     The number is that of the samples, on which the bias of a Frechet distance depends. `fid` without a number is that
     of 50,000 samples, by Inception, against the training split.
     """
-    name = re.sub("000$", "k", f"{kind}_{name}") + ("" if split == "train" else f"_{split}")
-    name = re.sub("^(points|inception)_", "", name.replace("inception_fd", "fid"))
-    return "fid" if name == "fid50k" else name
+    name = re.sub("000$", "k", name) + suffix
+    return prefix + (name if prefix else {"fd50k": "fid"}.get(name, re.sub("^fd", "fid", name)))
 
 
 class Evaluator:
-    """Compares samples with one or more reference splits: `evaluator(samples, labels)` returns the metrics by name.
+    """Compares samples with a reference: `evaluator(samples, labels)` returns the metrics by name.
 
-    `references` are data sets by the name of their split. `extractor` gives the features of images; None: the
-    classifier of the training split. All ranks make an evaluator and call it. Statistics of the references are kept in
-    data/cache.
+    `train` and `reference` are data sets, often the same. `extractor`, a name in EXTRACTORS, gives the features of
+    images. The names of the metrics end in `suffix`. All ranks make an evaluator and call it.
     """
 
-    def __init__(self, train: Dataset, references: dict[str, Dataset], device, extractor=None):
-        self.device, self.extractor, self.classifier = device, extractor, None
+    def __init__(self, train: Dataset, reference: Dataset, device, extractor="classifier", suffix=""):
+        self.reference, self.items, self.device, self.suffix = reference, len(reference.data), device, suffix
+        self.extractor = self.classifier = None
         if train.spec.is_image:
-            if train.labels is not None:
+            self.extractor = EXTRACTORS[extractor](train, device)
+            if extractor == "classifier":
+                self.classifier = self.extractor
+            elif train.labels is not None:
                 self.classifier = make_classifier(train, device)
-            self.extractor = extractor or self.classifier or make_classifier(train, device)
-        self.references = {split: self.reference(data) for split, data in references.items()}
+            self.reference = cached("reference", [reference.data], self.extractor.sha256,
+                                    lambda: statistics_of(self.extractor, reference.data, device))
 
-    def reference(self, dataset: Dataset):
-        """What samples are compared with: vectors as they are; of images, on rank 0, the result of `statistics_of`."""
-        if self.extractor is None:
-            return dataset
-        sha256 = self.extractor.sha256
-        path = on_rank0(lambda: cache_path(f"reference-{content(dataset.data)[:16]}-{sha256[:16]}"))
-        if not on_rank0(lambda: os.path.exists(path)):
-            made = statistics_of(self.extractor, dataset.data, self.device)
-            on_rank0(lambda: write_tensors(path, made))
-        return rank0_first(lambda first: read_cache(path) if first else {})
-
-    def __call__(self, samples: Tensor, labels: Tensor | None = None, references=None) -> dict[str, float]:
-        """The metrics of decoded samples (N, ...), on every rank. They were drawn for the first N of `labels`.
-
-        `references`, by split, are results of `reference`; None: those of the evaluator. Names of the test split end in
-        _test.
-        """
-        kind, compare, features = "points", compare_points, samples
+    def __call__(self, samples: Tensor, labels: Tensor | None = None):
+        """The metrics of decoded samples (N, ...), on every rank; `labels` (N,) are those that they were drawn for."""
+        if min(len(samples), self.items) < LEAST:
+            raise UserError(f"{len(samples)} samples cannot be compared with {self.items} items: expected {LEAST} or "
+                            "more of both")
+        prefix, compare, features = "", compare_points, samples
         if self.extractor:
-            kind, compare = self.extractor.kind, compare_features
-            features, logits = features_of(self.extractor, samples.numpy(), self.device)
-
-        def measure():
-            found = {metric_name(kind, name, split): value
-                     for split, reference in (references or self.references).items()
-                     for name, value in compare(features, reference).items()}
-            return found | {"inception_score": inception_score(logits)} if kind == "inception" else found
-
-        found = on_rank0(measure)
+            prefix, compare = self.extractor.prefix, compare_features
+            features = features_of(self.extractor, samples.numpy(), self.device)
+        found = on_rank0(lambda: {metric_name(prefix, name, self.suffix): value
+                                  for name, value in compare(features, self.reference).items()})
         if self.classifier and labels is not None:
             if self.classifier is not self.extractor:
-                _, logits = features_of(self.classifier, samples.numpy(), self.device)
-            found["recognised"] = (logits.argmax(1) == labels[: len(samples)]).double().mean().item()
+                features = features_of(self.classifier, samples.numpy(), self.device)
+            logits = self.classifier.head(features.to(self.device)).cpu()
+            found["recognised"] = (logits.argmax(1) == labels).double().mean().item()
         return found

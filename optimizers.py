@@ -41,18 +41,6 @@ def make_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, lr=0.0, fused=parameters[0].device.type in ("cpu", "cuda"))
 
 
-def load_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """The optimizer's load_state_dict, which also gives each moment the memory layout that its weight has now.
-
-    The layout may have been another when `state` was saved. A fused kernel reads weights and moments in the order of
-    their memory, so the two must agree.
-    """
-    optimizer.load_state_dict(state)
-    for p, moments in optimizer.state.items():
-        moments.update({name: torch.empty_like(p).copy_(value)
-                        for name, value in moments.items() if value.shape == p.shape})
-
-
 def take_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """Takes a step of the optimizer, with gradients scaled down to the norm `max_norm` if theirs is larger (0: never).
 

@@ -276,35 +276,33 @@ def dpmpp_2m(field, x: Tensor, ts: list[float]) -> Tensor:
     return x
 
 
-# ---- Samplers of the SDE. `noise()` returns standard normal noise in the shape of x, by default from torch.randn_like.
+# ---- Samplers of the SDE. `noise(x)` returns standard normal noise in the shape of x.
 # The last step is one of the ODE, since no later step could remove its noise.
 
 
 def euler_maruyama_step(field, x: Tensor, t: float, t_next: float, noise) -> Tensor:
     """One step of the Euler-Maruyama method: one network call."""
     eps, dt = field.eps(t, t_next), t_next - t
-    return x + dt * field.drift(x, t, eps) + (2 * eps * -dt) ** 0.5 * noise()
+    return x + dt * field.drift(x, t, eps) + (2 * eps * -dt) ** 0.5 * noise(x)
 
 
 @torch.no_grad()
-def euler_maruyama(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+def euler_maruyama(field, x: Tensor, ts: list[float], noise=torch.randn_like) -> Tensor:
     """The Euler-Maruyama method: n network calls."""
-    noise = noise or (lambda: torch.randn_like(x))
     for t, t_next in zip(ts[:-2], ts[1:-1]):
         x = euler_maruyama_step(field, x, t, t_next, noise)
     return euler(field, x, ts[-2:])
 
 
 @torch.no_grad()
-def stochastic_heun(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+def stochastic_heun(field, x: Tensor, ts: list[float], noise=torch.randn_like) -> Tensor:
     """Heun's method for the SDE: 2n - 1 network calls (Kloeden & Platen 1992, chapter 15).
 
     Its weak order is 2, since the size of the noise does not depend on x.
     """
-    noise = noise or (lambda: torch.randn_like(x))
     for t, t_next in zip(ts[:-2], ts[1:-1]):
         eps, dt = field.eps(t, t_next), t_next - t
-        dw = (2 * eps * -dt) ** 0.5 * noise()
+        dw = (2 * eps * -dt) ** 0.5 * noise(x)
         drift = field.drift(x, t, eps)
         drift_next = field.drift(x + dt * drift + dw, t_next, eps)
         x = x + dt * (drift + drift_next) / 2 + dw
@@ -312,40 +310,39 @@ def stochastic_heun(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
 
 
 @torch.no_grad()
-def predictor_corrector(field, x: Tensor, ts: list[float], noise=None, corrector_snr: float = 0.16) -> Tensor:
+def predictor_corrector(field, x: Tensor, ts: list[float], noise=torch.randn_like,
+                        corrector_snr: float = 0.16) -> Tensor:
     """An Euler-Maruyama step and then a Langevin step at the new time, again and again: 2n - 1 network calls.
 
     (Song et al. 2021, algorithms 2 to 5.) The Langevin step has size 2 (corrector_snr sigma)^2. In place of sigma, Song
     et al. use |noise| / |score|, averaged over the batch. Far from the data the two are equal. Near the data |score| is
     smaller than |noise| / sigma, so that their step is longer.
     """
-    noise = noise or (lambda: torch.randn_like(x))
     for t, t_next in zip(ts[:-2], ts[1:-1]):
         x = euler_maruyama_step(field, x, t, t_next, noise)
         step = 2 * (corrector_snr * field.process.at(t_next).sigma) ** 2
-        x = x + step * field(x, t_next, "score") + (2 * step).sqrt() * noise()
+        x = x + step * field(x, t_next, "score") + (2 * step).sqrt() * noise(x)
     return euler(field, x, ts[-2:])
 
 
 @torch.no_grad()
-def ancestral(field, x: Tensor, ts: list[float], noise=None) -> Tensor:
+def ancestral(field, x: Tensor, ts: list[float], noise=torch.randn_like) -> Tensor:
     """DDPM's sampler: n network calls. x at t_next is drawn from q(x_{t_next} | x_t, x0), at the predicted x0.
 
     (Ho et al. 2020, eqs. 6 and 7; for any alpha and sigma: Kingma et al. 2021, "Variational Diffusion Models", appendix
     A.2.)
     """
-    noise = noise or (lambda: torch.randn_like(x))
     for t, t_next in zip(ts[:-2], ts[1:-1]):
         c, c_next = field.process.at(t), field.process.at(t_next)
         ratio = c.alpha / c_next.alpha
         added = c.sigma**2 - (ratio * c_next.sigma) ** 2  # variance of x at t, given x at t_next
         mean = (ratio * c_next.sigma**2 * x + c_next.alpha * added * field(x, t, "x0")) / c.sigma**2
-        x = mean + added.sqrt() * c_next.sigma / c.sigma * noise()
+        x = mean + added.sqrt() * c_next.sigma / c.sigma * noise(x)
     return ddim(field, x, ts[-2:])
 
 
 @torch.no_grad()
-def edm_churn(field, x: Tensor, ts: list[float], noise=None, churn: float = 30.0, churn_min: float = 0.01,
+def edm_churn(field, x: Tensor, ts: list[float], noise=torch.randn_like, churn: float = 30.0, churn_min: float = 0.01,
               churn_max: float = 1.0, churn_noise: float = 1.0, denoise: bool = False) -> Tensor:
     """EDM's stochastic sampler: `heun`, with as many network calls, but each step first adds noise.
 
@@ -354,7 +351,6 @@ def edm_churn(field, x: Tensor, ts: list[float], noise=None, churn: float = 30.0
     of steps. The step then starts at the time of that noise level. This may be later than t = 1, where the formulas of
     a process hold too.
     """
-    noise = noise or (lambda: torch.randn_like(x))
     ends = ts[1:] + [None] * denoise  # where each step ends; None: at the predicted x0
     for t, t_next in zip(ts, ends):
         c = field.process.at(t)
@@ -363,7 +359,7 @@ def edm_churn(field, x: Tensor, ts: list[float], noise=None, churn: float = 30.0
             t = max(t, field.process.inverse(c.log_snr - 2 * math.log(factor)).item())
             c_raised = field.process.at(t)
             ratio = c_raised.alpha / c.alpha
-            x = ratio * x + (c_raised.sigma**2 - (ratio * c.sigma) ** 2).clamp(min=0).sqrt() * churn_noise * noise()
+            x = ratio * x + (c_raised.sigma**2 - (ratio * c.sigma) ** 2).clamp(min=0).sqrt() * churn_noise * noise(x)
         if t_next is None:
             x = field(x, t, "x0")
         else:
@@ -384,14 +380,13 @@ SAMPLERS = ODE_SAMPLERS | SDE_SAMPLERS
 
 def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, seed: int, sampler: str,
          sampling_steps: int, T_min: float, T_max: float, grid: str = "uniform", denoise: bool = False,
-         labels: Tensor | None = None, batch_size: int | None = None, whole_batches: bool = False, **settings):
+         labels: Tensor | None = None, batch_size: int | None = None, **settings):
     """Yields the samples `rows`, in order, as batches (B, *shape) in float32 on `device`, each with its network calls.
 
     x starts at `T_max`, as sigma(T_max) times noise, and ends at `T_min`. Sample i is a function of (seed, i), to
     rounding (dopri5: to its tolerance). It depends neither on `batch_size`, which is halved where memory does not
     suffice, nor on how the samples are shared among ranks. `labels` (N,) hold the label of every sample from 0 on, not
-    only of `rows`. With `whole_batches`, all batches have one size, so that a compiled network is compiled once: extra
-    samples fill the last batch, and are dropped.
+    only of `rows`.
 
     `denoise` returns the predicted x0 in place of x at T_min. A sampler with an argument `denoise` does this as a step
     of its own, if the grid is one of NOISE_LEVEL_GRIDS, and if the error of x1, computed from the network's prediction
@@ -406,15 +401,14 @@ def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, 
     sampler_denoises = (denoise and grid in NOISE_LEVEL_GRIDS and "denoise" in parameters_of(look_up(SAMPLERS, sampler))
                         and c_end.alpha * error_factor(c_end, settings["model_type"]) < MAX_ERROR_FACTOR)
 
-    def draw_batch(batch: range, size: int) -> tuple[Tensor, int]:
-        filled = range(batch.start, batch.start + size) if whole_batches else batch
-        noise = RowNoise(filled, shape, device, seed, "sample")
-        label = None if labels is None else labels[torch.tensor(filled) % len(labels)].to(device)
+    def draw_batch(batch: range) -> tuple[Tensor, int]:
+        noise = RowNoise(batch, shape, device, seed, "sample")
+        label = None if labels is None else labels[torch.tensor(batch) % len(labels)].to(device)
         field = call_with_settings(Field, settings, net=net, label=label)
         x = call_with_settings(look_up(SAMPLERS, sampler), {**settings, "noise": noise, "denoise": sampler_denoises},
                                field=field, x=process.at(T_max).sigma * noise(), ts=ts)
         with torch.no_grad():
             x = field(x, T_min, "x0") if denoise and not sampler_denoises else x
-        return x[: len(batch)], field.calls
+        return x, field.calls
 
     yield from in_batches(draw_batch, rows, min(batch_size or len(rows), len(rows)))

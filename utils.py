@@ -11,40 +11,40 @@ import inspect
 import os
 import re
 import sys
-import timeit
 import zlib
 
 import numpy as np
 import torch
 
 NOISE_BLOCK = 16  # rows that share one generator in `RowNoise`: few launches, and few rows drawn for nothing
+OUT_OF_MEMORY = "MemoryError|can't allocate memory|CUDA error: out of memory|CU(DNN|BLAS)_STATUS_ALLOC_FAILED"
 
 
 class UserError(ValueError):
     """A mistake of the user's, in one line: what is wrong, what was expected, what to do. Scripts print it alone."""
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error):
     """The first line of an error's text, or the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def warn(text: str) -> None:
+def warn(text):
     """Prints a line on stderr about an error that does not end the run."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {text}", file=sys.stderr)
 
 
 # ---- Settings and names
 
 
 @functools.lru_cache
-def parameters_of(function) -> frozenset[str]:
+def parameters_of(function):
     """The names of a function's parameters, and `**` if it takes any others."""
     parameters = inspect.signature(function).parameters
     return frozenset("**" if p.kind is p.VAR_KEYWORD else name for name, p in parameters.items())
 
 
-def call_with_settings(function, settings: dict, **arguments):
+def call_with_settings(function, settings, **arguments):
     """`function(**arguments)`, with those `settings` too that are parameters of the function (all, if it has `**`).
 
     This is how settings reach the code that reads them: a class or function gets a setting of config.py by having a
@@ -57,7 +57,7 @@ def call_with_settings(function, settings: dict, **arguments):
     return function(**{name: value for name, value in settings.items() if name in wanted or "**" in wanted} | arguments)
 
 
-def look_up(table: dict, name: str):
+def look_up(table, name):
     """`table[name]`. Raises UserError, which lists the known names, for any other."""
     if name not in table:
         raise UserError(f"{name!r} is not known here: expected one of {', '.join(table)}")
@@ -67,7 +67,7 @@ def look_up(table: dict, name: str):
 # ---- Shapes and functions
 
 
-def append_dims(v: torch.Tensor, ndim: int) -> torch.Tensor:
+def append_dims(v: torch.Tensor, ndim) -> torch.Tensor:
     """(B,) -> (B, 1, ..., 1) with `ndim` dimensions, to multiply a batch (B, ...). A scalar stays a scalar."""
     return v.reshape(v.shape + (1,) * (ndim - v.ndim))
 
@@ -77,7 +77,7 @@ def mean_flat(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).mean(1)
 
 
-def invert(function, y: torch.Tensor, low: float, high: float) -> torch.Tensor:
+def invert(function, y: torch.Tensor, low, high) -> torch.Tensor:
     """The x in [low, high] with function(x) = y, for a decreasing function. Of y's shape and type.
 
     By 50 bisections, without waiting for a GPU.
@@ -93,7 +93,7 @@ def invert(function, y: torch.Tensor, low: float, high: float) -> torch.Tensor:
 # ---- Randomness
 
 
-def make_seeds(n: int, *keys: int | str) -> list[int]:
+def make_seeds(n, *keys):
     """n 64-bit seeds from `keys`, numbers in [0, 2^32) and words. With a larger n, the first n seeds are the same.
 
     torch's generator on a CPU takes only their lower 32 bits.
@@ -103,12 +103,12 @@ def make_seeds(n: int, *keys: int | str) -> list[int]:
     return np.random.SeedSequence([len(words), *words]).generate_state(n, np.uint64).tolist()
 
 
-def make_seed(*keys: int | str) -> int:
+def make_seed(*keys):
     """The first seed of `make_seeds`."""
     return make_seeds(1, *keys)[0]
 
 
-def seed_torch(seed: int, device: torch.device) -> None:
+def seed_torch(seed, device):
     """Seeds the generator of this device alone; torch.manual_seed takes 0.1 to 0.2 ms to look for other devices."""
     (torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]).manual_seed(seed)
 
@@ -116,17 +116,18 @@ def seed_torch(seed: int, device: torch.device) -> None:
 class RowNoise:
     """Standard normal noise for `rows` of a batch: each call gives the next (len(rows), *shape), float32.
 
-    On one kind of device, row i of the n-th call depends on `keys`, n and i alone.
+    On one kind of device, row i of the n-th call depends on `keys`, n and i alone. Samplers call it with their state,
+    as they would call torch.randn_like.
     """
 
-    def __init__(self, rows: range, shape: tuple[int, ...], device, *keys: int | str):
+    def __init__(self, rows, shape, device, *keys):
         self.shape, self.device = (NOISE_BLOCK, *shape), device
         first, before = divmod(rows.start, NOISE_BLOCK)  # block, and rows in it that come before the first of `rows`
         seeds = make_seeds(-(-rows.stop // NOISE_BLOCK), *keys)[first:]
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.own_rows = slice(before, before + len(rows))
 
-    def __call__(self) -> torch.Tensor:
+    def __call__(self, like=None) -> torch.Tensor:
         blocks = [torch.randn(self.shape, device=self.device, generator=generator) for generator in self.generators]
         return torch.cat(blocks)[self.own_rows]
 
@@ -134,40 +135,17 @@ class RowNoise:
 # ---- Devices and memory
 
 
-@functools.lru_cache
-def native_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16: a GPU of capability 8.0 or more, or a CPU that is fast in it.
-
-    A CPU without them emulates bfloat16, ten to several hundred times slower than float32. Fast is at least a fifth of
-    float32's speed, in products of small matrices.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-
-    def seconds(dtype):
-        x = torch.ones(128, 128, dtype=dtype)
-        return min(timeit.repeat(lambda: x @ x, number=1, repeat=6))
-
-    return seconds(torch.bfloat16) < 5 * seconds(torch.float32)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a CPU or a GPU has too little memory."""
-    words = "MemoryError|can't allocate memory|CUDA error: out of memory|CU(DNN|BLAS)_STATUS_ALLOC_FAILED"
-    return bool(re.search(words, f"{type(error).__name__}: {error}"))
-
-
-def in_batches(work, rows: range, size: int):
-    """Yields `work(part, size)` for parts of `rows`, each of `size` rows, or fewer in the last.
+def in_batches(work, rows, size):
+    """Yields `work(part)` for parts of `rows`, each of `size` rows, or fewer in the last.
 
     If memory is too small, the size is halved, with a warning. Raises UserError if it is too small for one row.
     """
     while rows:
         part = rows[:size]
         try:
-            result = work(part, size)
+            result = work(part)
         except Exception as error:
-            if not out_of_memory(error):
+            if not re.search(OUT_OF_MEMORY, f"{type(error).__name__}: {error}"):
                 raise
             failure = first_line(error)
         else:
@@ -179,10 +157,10 @@ def in_batches(work, rows: range, size: int):
         torch.cuda.empty_cache()  # here, outside `except`, the error no longer holds the tensors
         size = len(part) // 2
         warn(f"out of memory for {len(part)} items at once ({failure}): trying {size}; --sampling_batch_size {size} "
-             "(of sample.py and evaluate.py: --batch_size) starts with so few")
+             "starts with so few")
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory():
     """Makes glibc, if that is the C library, keep freed memory for the next step.
 
     By default it returns large blocks to the system. Getting new ones costs a training step on a CPU a tenth of its
@@ -217,22 +195,19 @@ def import_torchvision():
     return torchvision
 
 
-def write_atomically(path: str, content) -> None:
-    """Writes a text, or calls `content(file)`, on a temporary file, and renames it to `path`.
+def write_atomically(path, content):
+    """Writes a text, or calls `content(file)`, on a temporary file, and renames it to `path`. Makes its folder.
 
     So `path` is whole, or as it was. Raises UserError if it cannot be written, for instance on a full disk.
     """
     temporary = f"{path}.tmp{os.getpid()}"
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as file:
             content(file) if callable(content) else file.write(content.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # not all file systems can do this: make the new name survive a power cut
-            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"cannot write {path} ({why}): make room, or choose another folder") from error

@@ -28,9 +28,9 @@ import torch  # noqa: E402
 
 import data_utils  # noqa: E402
 import main  # noqa: E402
+from check import GaussianMixture  # noqa: E402
 from config import PRESETS, Config  # noqa: E402
 from data_utils import load_dataset  # noqa: E402
-from oracle import GaussianMixture  # noqa: E402
 from processes import PROCESSES  # noqa: E402
 from trainer import DiffusionTrainer  # noqa: E402
 

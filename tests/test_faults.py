@@ -432,7 +432,7 @@ def test_a_full_disk(small_disk, straight):
         before = saving.numbered(str(full.folder))
         fill(small_disk)
         full.signal_workers(signal.SIGCONT)
-        full.wait_for(lambda: ".pt (No space left on device)" in full.errors.read_text())
+        full.wait_for(lambda: "cannot write " in full.errors.read_text())
         full.signal_workers(signal.SIGSTOP)
         assert saving.numbered(str(full.folder)) == before and all(saving.load(path) for _, path in before)
         os.remove(small_disk / "filler")
@@ -459,7 +459,6 @@ def test_a_disk_that_stays_full(small_disk, straight):
 
 def test_a_full_disk_without_root(tmp_path, digits, capsys, monkeypatch):
     """Each attempt is reported, and none leaves a part of a file. A limit of file sizes stands in for the disk."""
-    monkeypatch.setattr("trainer.RETRY_SECONDS", (0.1, 0.1))
     trainer = make(tmp_path, digits, num_training_steps=6, save_every=2)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, old[1][1]))
@@ -470,7 +469,7 @@ def test_a_full_disk_without_root(tmp_path, digits, capsys, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, old[1])
         signal.signal(signal.SIGXFSZ, old[0])
     warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 8, warnings
+    assert len(warnings) == 6, warnings
     assert all(line.startswith("warning: cannot write") and "make room" in line for line in warnings), warnings
     assert not [f for f in os.listdir(tmp_path / "digits") if f.endswith(".pt") or ".tmp" in f]
 
@@ -492,13 +491,12 @@ def test_a_save_that_failed_is_tried_again_at_the_next_line_of_metrics(tmp_path,
 
 def test_no_checkpoint_without_the_metrics_up_to_it(tmp_path, digits, capsys, monkeypatch):
     """Or a run that is killed then, and resumes from it, would lack their lines for ever."""
-    monkeypatch.setattr("trainer.RETRY_SECONDS", ())
     trainer = make(tmp_path, digits)
-    full = OSError(28, "No space left on device")
-    monkeypatch.setattr(trainer.logger, "write_lines", lambda sync=False: (_ for _ in ()).throw(full))
+    full = UserError("cannot write metrics.jsonl (No space left on device)")
+    monkeypatch.setattr(trainer.logger, "write_all", lambda: (_ for _ in ()).throw(full))
     with pytest.raises(UserError, match="the checkpoint of step 4 cannot be written"):
         trainer.train()
-    assert "No space left" in capsys.readouterr().err and not saving.checkpoints(str(tmp_path / "digits"))
+    assert "No space left" in capsys.readouterr().err and not list((tmp_path / "digits").glob("*.pt"))
 
 
 def test_a_copied_folder_resumes_under_its_own_name(tmp_path, digits):
@@ -557,11 +555,10 @@ def test_a_rank_that_hangs_is_ended_by_the_time_out(tmp_path, monkeypatch, where
 
 
 def test_long_sampling_does_not_trip_the_time_out(tmp_path, monkeypatch):
-    """Rank 1 draws the one sample. Rank 0 waits for it longer than the time-out is."""
+    """Both ranks draw a sample for 5 s and more, twice, with a time-out of 3 s."""
     predict = sampling.Field.predict
     monkeypatch.setattr(sampling.Field, "predict", lambda *arguments: time.sleep(0.1) or predict(*arguments))
-    # twice 5 s and more, with a time-out of 3 s
-    config = tiny(tmp_path, num_samples=1, sampling_steps=50, sampler="euler", sde_sampler=None, timeout=0.05)
+    config = tiny(tmp_path, num_samples=2, sampling_steps=50, sampler="euler", sde_sampler=None, timeout=0.05)
     result = run_ranks(2, config)
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert len(os.listdir(tmp_path / "digits" / "samples")) == 2
@@ -619,10 +616,9 @@ def spoil(trainer, steps, how):
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_step_that_is_not_finite_is_skipped(tmp_path, digits, capsys, how, fused):
-    """Weights and moments stay as they were, bit for bit. It is not in the metrics, but reported, with its batch."""
+    """Weights and moments stay as they were, bit for bit. It is not in the metrics, but reported."""
     settings = dict(num_training_steps=6, base_lr=1e-3, log_every=3, time_sampler="stratified", sample_every=0)
     trainer = make(tmp_path, digits, **settings)
-    t = trainer.prepare_batch(3).t
     if not fused:
         trainer.optimizer = torch.optim.SGD(trainer.net.parameters(), momentum=0.9)
     states, ema_update = [], trainer.ema.update
@@ -638,11 +634,8 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, digits, capsys, how, fus
     assert all(x.isfinite().all() for net in (trainer.net, trainer.ema.net) for x in net.state_dict().values())
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "warning: step 3 has a loss or gradient that is not finite, and is skipped: learning_rate 0.0008536" in error
-    (file,) = os.listdir(tmp_path / "digits" / "skipped")
-    kept = json.load(open(tmp_path / "digits" / "skipped" / file))
-    assert kept["step"] == 3 and kept["indices"] == trainer.batches.indices(3).tolist()
-    assert kept["t_min"] == pytest.approx(t.min().item()) and kept["t_max"] == pytest.approx(t.max().item())
+    assert "warning: step 3 has a loss or gradient that is not finite (gradient norm " in error
+    assert "and is skipped; trainer.prepare_batch(3) is its batch" in error
     lines = [json.loads(line) for line in open(tmp_path / "digits" / "metrics.jsonl")]
     assert [line["step"] for line in lines] == [3, 6]
     assert all(0 < line["loss"] < 10 and 0 < line["grad_norm"] < 100 for line in lines)
@@ -653,7 +646,7 @@ def test_many_in_a_row_end_the_run(tmp_path, digits, capsys):
     settings = dict(num_training_steps=20, log_every=1, save_every=2, max_skipped_steps=3, sample_every=0)
     trainer = make(tmp_path, digits, **settings)
     spoil(trainer, {1, 2, 5, 6, 7}, "loss")
-    words = "3 steps in a row .* up to step 7: .*digits/skipped holds their batches, and the last checkpoint"
+    words = "3 steps in a row .* up to step 7, and the last checkpoint is good"
     with pytest.raises(UserError, match=words):
         trainer.train()
     state = saving.load(str(tmp_path / "digits" / "last.pt"))
@@ -683,7 +676,7 @@ def test_all_ranks_skip_a_step_that_one_finds_bad(tmp_path):
     """Only rank 1 meets an infinite loss. The weights of both stay together, or their losses would differ."""
     result = run_ranks(2, tiny(tmp_path, num_training_steps=12, save_every=4), train_with_a_bad_rank)
     assert result.returncode == 0 and result.stderr.count("is skipped") == 2, result.stderr
-    assert sorted(os.listdir(tmp_path / "digits" / "skipped")) == ["step_0000003.json", "step_0000008.json"]
+    assert "step 3 has" in result.stderr and "step 8 has" in result.stderr
     state = saving.load(str(tmp_path / "digits" / "last.pt"))
     assert all(x.isfinite().all() for part in (state["net"], state["ema"]["net"]) for x in part.values())
     assert all(s["step"] == 10 for s in state["optimizer"]["state"].values())  # of 12

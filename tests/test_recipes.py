@@ -104,7 +104,7 @@ def test_entries_of_dictionaries(project, tmp_path):
     shown = run("python", "main.py", "--help", cwd=project, COLUMNS="300").stdout
     assert all(name in shown for name in (*chosen.values(), "robust", "exponent of t"))
     refused = run("python", "main.py", "digits", "--power", "-1", cwd=project)
-    assert "power is -1.0: expected more than 0" in refused.stderr
+    assert "power is -1.0: expected a number in (0, inf)" in refused.stderr
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +112,11 @@ def robust(project, tmp_path_factory):
     """A run by the README's trainer, on vectors, evaluated and sampled: folder, settings, and options of evaluation."""
     folder = tmp_path_factory.mktemp("robust")
     np.save(folder / "digits.npy", load_digits().data)  # vectors (1797, 64)
-    config = tiny(folder, dataset=str(folder / "digits.npy"), network="mlp", hidden_dim=32, class_conditional=False)
+    config = tiny(folder, dataset=str(folder / "digits.npy"), network="mlp", hidden_dim=32, class_conditional=False,
+                  batch_size=256)  # the items of a batch depend on the name of the file
     last = folder / "digits" / "last.pt"
-    options = ["--ckpt", last, "--num", "10", "--seeds", "1", "--likelihood_num", "0", "--loss_num", "500"]
+    options = ["--ckpt", last, "--num", "10", "--seeds", "1", "--likelihood_num", "0", "--loss_num", "500",
+               "--weights", "raw"]
     run_mains(project, main=[*flags(config), "--trainer", "robust"],
               evaluate=[*options, "--out", folder / "1"],
               sample=["--ckpt", last, "--num", "4", "--out", folder / "x.npz"])
@@ -126,10 +128,10 @@ def test_your_own_trainer(project, robust):
     folder, config, options = robust
     make(folder, load_dataset(config.dataset), **{**vars(config), "run_name": "plain"}).train()
     loss, plain = (lines_of(folder / name)[-1]["loss"] for name in ("digits", "plain"))
-    assert loss == pytest.approx(plain**0.5, rel=0.1) and abs(loss - plain) > 0.1
+    assert loss == pytest.approx(plain**0.5, rel=0.15) and abs(loss - plain) > 0.1
     result = run(*launch(2), "evaluate.py", *options, "--out", folder / "2", cwd=project)
     assert result.returncode == 0, result.stderr
-    one, two = (json.loads((folder / name / "card.json").read_text())["loss"]["raw_train"] for name in "12")
+    one, two = (json.loads((folder / name / "card.json").read_text())["loss"]["train"] for name in "12")
     assert one == pytest.approx(two, rel=1e-4)
     assert (folder / "x.npz").exists()
     assert one == pytest.approx(loss, rel=0.1)

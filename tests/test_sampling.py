@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import gaussian
 
+import check
 from check import mixture
 from config import PRESETS, Config
 from likelihood import log_likelihood
@@ -84,7 +85,7 @@ def test_every_kind_of_prediction_gives_the_same_samples(process, sampler):
     ts, x = make_grid(4, 0.2, 0.9), mixture(process).sample(6, torch.Generator().manual_seed(0), 0.9)[0]
 
     def samples(kind):
-        settings, field = {"noise": lambda: torch.ones_like(x)}, Field(mixture(process, kind), process, kind)
+        settings, field = {"noise": torch.ones_like}, Field(mixture(process, kind), process, kind)
         return call_with_settings(SAMPLERS[sampler], settings, field=field, x=x, ts=ts)
 
     expected = samples("velocity")
@@ -115,7 +116,7 @@ def test_network_calls(sampler):
 def test_noise_in_every_step_but_the_last(sampler):
     process, calls, x = PROCESSES["rf"](), [], start()
 
-    def noise():
+    def noise(x=None):
         calls.append(1)
         return torch.ones_like(x)
 
@@ -168,7 +169,7 @@ def test_ancestral_is_ddpm():
         seen.append(x)
         return mixture(process)(x, time)
 
-    SDE_SAMPLERS["ancestral"](Field(net, process, "velocity"), x, [t, s, 0.4], lambda: ones)
+    SDE_SAMPLERS["ancestral"](Field(net, process, "velocity"), x, [t, s, 0.4], lambda x: ones)
     torch.testing.assert_close(seen[1], expected, rtol=1e-9, atol=1e-9)
 
 
@@ -189,6 +190,29 @@ def test_churn_goes_back_to_the_noise_that_edm_says():
         settings = dict(churn=churn, churn_min=0.6, churn_max=3.0)
         SDE_SAMPLERS["edm_churn"](Field(net, process, "velocity"), start(), ts, **settings)
         assert times[0::2] == pytest.approx([5, 2 * factor, factor, 0.5], rel=1e-6)
+
+
+def test_heun_and_edm_churn_are_edms_algorithms(process):
+    """By 18 levels and the step to x0.
+
+    They are Karras et al. 2022, algorithms 1 (churn 0) and 2, for any s(t) = alpha and sigma(t) = sigma / alpha. Here
+    all levels add the same noise.
+    """
+    field, x_start, high, low = check.start(mixture(process), 64, 80.0, 0.002)
+    ts = make_grid(17, low, high, "edm", process=process, rho=7.0)
+    churned = SDE_SAMPLERS["edm_churn"](field, x_start, ts, lambda x: 0.5, churn=3.0, churn_min=0.0, churn_max=math.inf,
+                                        denoise=True)
+    plain = ODE_SAMPLERS["heun"](field, x_start, ts, denoise=True)
+    for value, factor in ((plain, 1.0), (churned, 1 + 3 / 18)):  # 1 + gamma
+        x = x_start
+        for t, t_next in zip(ts, [*ts[1:], None]):
+            c = process.at(t)
+            t = process.inverse(c.log_snr - 2 * math.log(factor)).item()
+            x = process.at(t).alpha / c.alpha * (x + c.sigma * (factor**2 - 1) ** 0.5 * 0.5)
+            if t_next is not None:
+                d, dt = field.velocity(x, t), t_next - t
+                x = x + dt / 2 * (d + field.velocity(x + dt * d, t_next))
+        torch.testing.assert_close(value, field(x, t, "x0"), rtol=1e-9, atol=1e-9)
 
 
 def edm_of_the_paper(D, x, noise, N=18, churn=0.0, churn_min=0.0, churn_max=math.inf, churn_noise=1.0):
@@ -371,7 +395,7 @@ def test_few_steps_from_end_to_end_do_not_overshoot(process, sampler, diffusion)
     x = data.sample(200, generator, 0.9999)[0]
     grid = make_grid(50, 1e-4, 0.9999, "edm" if process.at(0.0).sigma > 0 else "uniform", process=process, rho=7.0)
     narrow = Field(data, process, "velocity", sde_diffusion=diffusion)
-    out = SDE_SAMPLERS[sampler](narrow, x, grid, lambda: torch.randn(200, 2, generator=generator))
+    out = SDE_SAMPLERS[sampler](narrow, x, grid, lambda x: torch.randn(200, 2, generator=generator))
     assert (out - 0.7).abs().max() < 0.2 and (out.std(0) > 0.005).all()
 
 
@@ -558,21 +582,3 @@ def test_too_little_memory_halves_the_batch(capfd):
     limit[0] = 0
     with pytest.raises(UserError, match="out of memory for a single item"):
         samples()
-
-
-def test_whole_batches_have_one_size_and_change_no_sample():
-    process, sizes = PROCESSES["rf"](), set()
-
-    def net(x, t, label):
-        sizes.add(len(x))
-        return mixture(process)(x, t, label)
-
-    def samples(whole_batches):
-        sizes.clear()
-        return drawn(net, process, rows=range(10), shape=(2,), device="cpu", seed=0, sampler="euler_maruyama",
-                     labels=torch.arange(10) % 3, batch_size=4, whole_batches=whole_batches, **SETTINGS)
-
-    parts = samples(False)
-    assert sizes == {4, 2}
-    torch.testing.assert_close(samples(True), parts)
-    assert sizes == {4}

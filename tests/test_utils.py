@@ -145,8 +145,9 @@ def test_write_atomically_leaves_the_old_file(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*file \(No space left on device\): make room"):
         write_atomically(path, fails)
     assert open(path).read() == "old" and os.listdir(tmp_path) == ["file"]
+    write_atomically(str(tmp_path / "a" / "new" / "folder"), "")  # it makes the folders
     with pytest.raises(UserError, match="cannot write .*choose another folder"):
-        write_atomically(str(tmp_path / "no" / "folder"), lambda file: file.write(b""))
+        write_atomically(str(tmp_path / "file" / "no folder"), "")
 
 
 # ---- Progress
@@ -163,7 +164,8 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(monkeypatch, capsys)
     monkeypatch.undo()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with Progress("decoding", 100, "image") as progress:
-        progress.update(30, "still decoding")
+        progress.set_description("still decoding", refresh=False)
+        progress.update(30)
         assert progress.n == 30 and "still decoding:  30%" in str(progress)
 
 

@@ -1,0 +1,219 @@
+"""What surrounds the training loop: a run's folder, its checkpoints, metrics, pictures and evaluations.
+
+`Run` is the base class of the trainer, which has the settings, the process, the network and the loop. Whatever fails
+here while the run is watched (a grid that cannot be drawn, a full disk) is reported, and training continues. What is
+drawn or saved at a step is a function of the state at that step: a run that resumes makes up for what a kill prevented.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import os
+import statistics
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import saving
+from build import TRAINING_STEPS, compiles
+from command_line import stop_requested
+from config import Config, marks
+from data_utils import spread_labels
+from distributed import gather_rows, on_rank0, print0, rank, world_size
+from ema import EMA
+from logging_utils import Logger, picture_of
+from optimizers import make_optimizer
+from utils import UserError, warn
+
+
+def means(rows: Tensor):
+    """Mean loss, also by quarter of t, and gradient norm, from a `window`, without steps that are not finite.
+
+    The sums are exact, so that they do not depend on the order of the rows, and thus not on the number of ranks.
+    """
+    norm, t, loss, importance = rows[rows[:, 0].isfinite()].T
+    quarter = (4 * t).long().clamp(0, 3)
+    parts = {"loss": importance * loss, "grad_norm": norm}
+    parts |= {f"loss_t_{i / 4:.2f}_{(i + 1) / 4:.2f}": loss[quarter == i] for i in range(4)}
+    return {name: statistics.fmean(values.tolist()) for name, values in parts.items() if len(values)}
+
+
+class Run:
+    """Opens, watches, saves and resumes a run. All methods must be called by all ranks."""
+
+    def open_run(self):
+        """Opens the folder of the run, and resumes it if there is a checkpoint. All ranks must call it."""
+        config, device, self.folder = self.config, self.device, os.path.join(self.config.ckpt_dir, self.config.run_name)
+        self.optimizer = make_optimizer(self.net, config.weight_decay)
+        self.ema = EMA(self.net, config.ema_decay)
+        self.step = 0  # steps taken
+        # Gradient norm, t, loss and importance of this rank's rows since the last line of metrics; norms not yet seen
+        self.window, self.norms = [torch.zeros(0, 4, device=device)], []
+        self.skipped = 0  # steps in a row until now that were not finite
+        self.saved_step, self.save_failed = None, False  # of the last checkpoint
+        self.evaluator = self.logger = None  # the first is made when it is needed, the second on rank 0 alone
+
+        parameters = sum(p.numel() for p in self.net.parameters())
+        print0(f"{len(self.dataset.data):,} items of shape {self.spec.shape}, {config.network} of {parameters:,} "
+               "parameters")
+        may_change = {name for name, found in marks(Config).items() if "may change" in found}
+        if path := on_rank0(lambda: saving.open_run(self.folder, vars(config), vars(Config()), may_change)):
+            self.restore(path)
+        logger = (self.folder, vars(config), config.wandb, config.wandb_project, self.step, config.num_training_steps)
+        on_rank0(lambda: setattr(self, "logger", Logger(*logger)))
+        if world_size() > 1:
+            device_ids = [device.index] if device.type == "cuda" else None
+            self.ddp = self.forward = DistributedDataParallel(self.net, device_ids, gradient_as_bucket_view=True)
+        if compiles(config, device, math.inf if config.compile else config.num_training_steps, TRAINING_STEPS):
+            self.forward = torch.compile(self.ddp, mode=config.compile_mode)
+
+    def due(self, every):
+        """Whether something is due after this step, every so many steps (0: never) and at the end."""
+        return self.step == self.config.num_training_steps or (every > 0 and self.step % every == 0)
+
+    # ---- Watching
+
+    @contextlib.contextmanager
+    def failures_reported(self, what=""):
+        """Reports a UserError within, which all ranks meet, and lets training continue."""
+        try:
+            yield
+        except UserError as error:
+            if rank() == 0 and not (what and stop_requested()):  # a signal stops drawing, and training reports it
+                warn(f"{f'no {what} at step {self.step}: ' if what else ''}{error}")
+
+    def check_norms(self):
+        """Looks at the gradient norms since the last call, which waits for the device, and reports skipped steps.
+
+        Raises UserError after max_skipped_steps in a row. The norms are of the whole batch: all ranks see the same.
+        """
+        norms, self.norms = [norm.item() for norm in self.norms], []
+        for step, norm in enumerate(norms, self.step - len(norms)):
+            self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+            if self.skipped and rank() == 0:
+                warn(f"step {step} has a loss or gradient that is not finite (gradient norm {norm}), and is skipped; "
+                     f"trainer.prepare_batch({step}) is its batch")
+            if self.skipped == self.config.max_skipped_steps:
+                raise UserError(f"{self.skipped} steps in a row had a loss or gradient that is not finite, up to step "
+                                f"{step}, and the last checkpoint is good: lower --base_lr, or look at the data")
+
+    def restart_clock(self):
+        self.clock, self.clock_step = time.perf_counter(), self.step
+
+    def log(self, rate):
+        """One line of metrics: means over the steps since the last one. Waits for the device, then reads the clock."""
+        rows, self.window = gather_rows(torch.cat(self.window)), self.window[:1]
+        items = (self.step - self.clock_step) * self.config.batch_size
+        values = {**means(rows), "learning_rate": rate, "images_per_second": items / (time.perf_counter() - self.clock),
+                  "epoch": self.step * self.config.batch_size / len(self.dataset.data)}
+        with self.failures_reported():
+            on_rank0(lambda: self.logger.log(self.step, values))
+        self.restart_clock()
+
+    def picture(self, items: Tensor):
+        """A picture of samples or data: a grid of images, by class if these are few, or a scatter plot of points."""
+        few = self.config.class_conditional and self.spec.num_classes <= 16
+        return picture_of(items, self.dataset.data[:2000], self.spec.num_classes if few else None)
+
+    def show_data(self):
+        """Saves a picture of the items of the first batch, repeated if there are more samples in a grid."""
+        rows = np.resize(self.batches.indices(0), self.config.num_samples)
+        picture = self.picture(torch.from_numpy(self.dataset.data[rows]))
+        self.logger.picture(self.step, "real", picture, os.path.join(self.folder, "real.png"))
+
+    def picture_path(self, weights, sampler):
+        return os.path.join(self.folder, "samples", f"{weights}_{sampler}_{self.step:07d}.png")
+
+    def samples(self, weights, sampler, num, labels: Tensor | None) -> Tensor:
+        """Decoded samples, of which each rank draws its share."""
+        net = self.net if weights == "raw" else self.ema.net
+        return self.draw(self.config, self.spec, self.process, net, self.device, rows=range(num), labels=labels,
+                         sampler=sampler)[0]
+
+    def sample_and_evaluate(self):
+        """Draws grids and evaluates where this is due after this step, unless it is done. A signal stops it."""
+        grids = self.due(self.config.sample_every)
+        evaluation = self.config.evaluate_every > 0 and self.due(self.config.evaluate_every)
+        if grids:
+            self.sample()
+        if evaluation and not on_rank0(lambda: self.logger.evaluated(self.step)):
+            self.evaluate()
+        if grids or evaluation:
+            with self.failures_reported():
+                on_rank0(lambda: self.logger.curves())
+            self.restart_clock()
+
+    def sample(self):
+        """Grids by both samplers, of raw and EMA weights, with the same noise and labels in all grids of a run."""
+        config = self.config
+        labels = torch.arange(config.num_samples) % self.spec.num_classes if config.class_conditional else None
+        samplers = dict.fromkeys(filter(None, (config.sampler, config.sde_sampler)))
+        self.net.eval()
+        for weights, sampler in itertools.product(("raw", "ema"), samplers):
+            path = self.picture_path(weights, sampler)
+            if on_rank0(lambda path=path: os.path.exists(path)):
+                continue
+            with self.failures_reported(f"grid of {weights} weights by {sampler}"):
+                samples = self.samples(weights, sampler, config.num_samples, labels)
+                on_rank0(lambda name=f"{weights}_{sampler}", samples=samples, path=path: self.logger.picture(
+                    self.step, name, self.picture(samples), path))
+        self.net.train()
+
+    def evaluate(self):
+        """A line of metrics of samples of the EMA weights against the training split."""
+        from metrics import Evaluator
+
+        config = self.config
+        labels = spread_labels(self.dataset.labels, config.evaluation_samples) if config.class_conditional else None
+        with self.failures_reported("evaluation"):
+            self.evaluator = self.evaluator or Evaluator(self.dataset, self.dataset, self.device)
+            values = self.evaluator(self.samples("ema", config.sampler, config.evaluation_samples, labels), labels)
+            on_rank0(lambda: self.logger.log(self.step, values, kind="evaluation"))
+
+    # ---- Saving
+
+    def state(self):
+        """Everything that a run needs to resume, in plain containers."""
+        return {
+            "step": self.step,
+            "net": self.net.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "window": gather_rows(torch.cat(self.window)),
+            "skipped": self.skipped,
+            "config": saving.plain(vars(self.config)),
+            "data": saving.plain(dataclasses.asdict(self.spec)),
+        }
+
+    def save(self):
+        """Writes a checkpoint on rank 0, unless this step has one. Returns whether it is there."""
+        self.check_norms()
+        if self.saved_step != self.step:
+            state, self.save_failed = self.state(), True
+
+            def write():
+                self.logger.write_all()  # no checkpoint without the metrics up to it
+                saving.save(self.folder, state, self.config.keep_checkpoints, self.config.milestone_every)
+
+            with self.failures_reported():
+                on_rank0(write)
+                self.save_failed, self.saved_step = False, self.step
+            self.restart_clock()
+        return not self.save_failed
+
+    def restore(self, path):
+        """Resumes the run from a checkpoint."""
+        state = saving.load(path)
+        saving.check_data(path, state["data"], dataclasses.asdict(self.spec))
+        saving.restore(self.net, state["net"], path)
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = self.saved_step = state["step"]
+        self.skipped = state["skipped"]
+        if rank() == 0:  # old checkpoints have none
+            self.window.append(state.get("window", self.window[0]).to(self.device))
+        print0(f"resuming {self.folder} from step {self.step}")
