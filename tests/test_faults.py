@@ -7,6 +7,7 @@ at 30 random moments and prints how many came out bit-equal.
 import contextlib
 import fcntl
 import functools
+import glob
 import itertools
 import json
 import os
@@ -337,14 +338,13 @@ def test_a_signal_before_training_ends_at_once(tmp_path):
         assert status == command_line.STATUS and errors == "stopped by SIGTERM; the same command resumes it\n"
 
 
-def handles(pid, number):
-    """Whether a rank has its handler of this signal. Just forked, it still has that of the launcher."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as status, open(f"/proc/{pid}/cmdline") as command:
-        if "launch.py" in command.read():
-            return False
-        caught = next(line for line in status if line.startswith("SigCgt"))
-        return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
-    return False
+def has_met_the_others(pid):
+    """Whether a rank has its threads of gloo. While the ranks still meet, in C++, none hears a signal."""
+    names = []
+    for path in glob.glob(f"/proc/{pid}/task/*/comm"):
+        with contextlib.suppress(OSError), open(path) as file:
+            names.append(file.read().strip())
+    return any("gloo" in name for name in names)
 
 
 def test_sampling_that_is_stopped(tmp_path, digits):
@@ -357,7 +357,7 @@ def test_sampling_that_is_stopped(tmp_path, digits):
         deadline, listening = time.monotonic() + PATIENCE, []
         while len(listening) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
-            listening = [pid for pid in children(process.pid) if handles(pid, signal.SIGUSR1)]
+            listening = [pid for pid in children(process.pid) if has_met_the_others(pid)]
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and errors == "stopped by Ctrl-C\n", errors
