@@ -237,7 +237,8 @@ def drawn(figure):
 def draw_lines(axes, lines, **settings):
     """Lines {name: (x, y)} into axes of matplotlib, with these settings of the axes, and a legend."""
     for i, (name, (x, y)) in enumerate(lines.items()):
-        axes.plot(x, y, label=name, linewidth=1, marker="osD^v<>"[i % 7], markersize=2)
+        # after ten lines the colours come again
+        axes.plot(x, y, label=name, linewidth=1, marker=".", markersize=4, linestyle="-" if i < 10 else "--")
     axes.set(**settings)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
