@@ -93,7 +93,7 @@ def start(script, resumable=False):
 
 
 def fail(message, status=2):
-    """Ends the program with one line on stderr and this exit status. Rank 0 prints what all ranks meet."""
+    """Ends the program with one line on stderr and this exit status. Rank 0 prints an error that all ranks have."""
     stop_listening(signal.SIG_DFL)
     if RANK > 0:
         time.sleep(5)  # when one process ends, torchrun ends them all: this prints only if rank 0 printed nothing
@@ -124,7 +124,7 @@ def import_tyro():
 
 
 def optional_settings(cls, mark):
-    """A dataclass of the settings of `cls` with this mark, with the same types and comments. None is the run's own."""
+    """A dataclass of the settings of `cls` with this mark, with the same types and comments. None: as in the run."""
     comments, fields = dict(re.findall(r"^    (\w+): .*?  # (.*)\.$", inspect.getsource(cls), re.M)), []
     for name, hint in get_type_hints(cls, include_extras=True).items():
         if mark in getattr(hint, "__metadata__", ()):

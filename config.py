@@ -46,8 +46,9 @@ T = TypeVar("T")
 Positive = Annotated[T, Within("(0, inf)")]
 NotNegative = Annotated[T, Within("[0, inf)")]
 Share = Annotated[T, Within("[0, 1)")]
-# A setting that may change when a run resumes: it changes how the run is run and watched, and what it computes by no
-# more than rounding (device, bf16, ...) or the draws of dropout (accumulation_steps).
+# A setting that may change when a run resumes: it changes how long the run is, where its files are, how it is run and
+# how it is watched. It changes steps by no more than rounding (device, bf16, ...) or the draws of dropout
+# (accumulation_steps). The cosine schedule follows num_training_steps, and data_dir must hold the same data.
 MayChange = Annotated[T, "may change"]
 Sampling = Annotated[T, "may change", "sampling"]  # and an option of sample.py and evaluate.py
 CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
@@ -73,7 +74,7 @@ class Config:
     beta_max: float = 20.0  # linear_vp, sub_vp: noise rate beta at t = 1.
     sigma_min: float = 0.002  # ve, ve_linear, edm: sigma at t = 0. May be 0 for ve_linear and edm (Song et al.: 0.01).
     sigma_max: float = 80.0  # ve, ve_linear, edm: sigma at t = 1 (Song et al. 2021 take 50 for ve).
-    rho: Annotated[float, Within("[0.1, inf)")] = 7.0  # Process edm and grid edm: sigma^(1 / rho) takes equal steps.
+    rho: Annotated[float, Within("[0.1, inf)")] = 7.0  # Process and grid edm: (sigma / alpha)^(1 / rho) in equal steps.
     coupling: Literal[names_in("couplings.COUPLINGS")] = "independent"  # Which noise goes with which data.
     T_min: float = 1e-4  # Least time, in training and sampling.
     T_max: float = 0.9999  # Greatest time, in training and sampling.
@@ -102,7 +103,7 @@ class Config:
     model_channels: Annotated[int, Within("[2, inf)")] = 128  # unet: channels at full resolution.
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # unet: multiples of model_channels, one for each resolution.
     num_res_blocks: Positive[int] = 2  # unet: residual blocks at each resolution.
-    attention_resolutions: tuple[int, ...] = (16,)  # unet: image sides, in pixels, at which there is self-attention.
+    attention_resolutions: tuple[int, ...] = (16,)  # unet: heights with self-attention, beside the middle's.
     hidden_dim: Positive[int] = 256  # mlp: width.
     num_layers: Positive[int] = 4  # mlp: residual layers.
     dropout: Share[float] = 0.1  # Dropout inside the network.
@@ -115,7 +116,7 @@ class Config:
     num_training_steps: MayChange[Positive[int]] = 400_000  # Optimizer steps.
     base_lr: Positive[float] = 2e-4  # Learning rate after warm-up.
     min_lr: NotNegative[float] = 0.0  # Learning rate at the end of the cosine schedule.
-    lr_schedule: Literal[names_in("optimizers.SCHEDULES")] = "constant"  # Learning rate after warm-up.
+    lr_schedule: Literal[names_in("optimizers.SCHEDULES")] = "constant"  # Course of the learning rate after warm-up.
     warmup_steps: NotNegative[int] = 5000  # Steps in which the learning rate rises linearly to base_lr.
     weight_decay: NotNegative[float] = 0.0  # AdamW's decay of the matrices; biases and norms have none.
     grad_clip_norm: NotNegative[float] = 1.0  # Gradients of a larger norm are scaled down to this one; 0 turns it off.
@@ -125,13 +126,13 @@ class Config:
     # ---- Sampling: the grids of samples drawn in training, and the defaults of sample.py
     sampler: Sampling[Literal[names_in("sampling.SAMPLERS")]] = "heun"  # Sampler of the first row of grids.
     sde_sampler: MayChange[Literal[names_in("sampling.SDE_SAMPLERS")] | None] = "euler_maruyama"  # The second row.
-    sampling_steps: Sampling[Positive[int]] = 50  # Steps from T_max to T_min; heun calls the network twice in each.
+    sampling_steps: Sampling[Positive[int]] = 50  # Steps from T_max to T_min; heun takes 2 calls in each but the last.
     grid: Sampling[Literal[names_in("sampling.GRIDS")]] = "uniform"  # Times of the steps.
     grid_shift: Sampling[Positive[float]] = 3.0  # shifted: above 1 for shorter steps near the noise.
-    sde_diffusion: Sampling[Literal[names_in("sampling.DIFFUSIONS")]] = "sigma"  # Noise of the SDE, g(t)^2 / 2.
+    sde_diffusion: Sampling[Literal[names_in("sampling.DIFFUSIONS")]] = "sigma"  # eps(t), half the SDE's squared noise.
     sde_scale: Sampling[NotNegative[float]] = 1.0  # Factor of sde_diffusion; 0 makes the SDE the ODE.
     corrector_snr: Sampling[NotNegative[float]] = 0.16  # predictor_corrector: size of Langevin's step.
-    churn: Sampling[NotNegative[float]] = 30.0  # edm_churn: EDM's S_churn, noise added in all steps together.
+    churn: Sampling[NotNegative[float]] = 30.0  # edm_churn: EDM's S_churn; a step adds a share churn / steps of noise.
     churn_min: Sampling[NotNegative[float]] = 0.01  # edm_churn: least sigma / alpha at which noise is added.
     churn_max: Sampling[float] = 1.0  # edm_churn: greatest sigma / alpha at which noise is added.
     churn_noise: Sampling[NotNegative[float]] = 1.0  # edm_churn: standard deviation of that noise (EDM: up to 1.007).
@@ -164,7 +165,7 @@ class Config:
     compile_mode: MayChange[CompileMode] = "default"  # Mode of torch.compile.
     channels_last: bool = True  # Keep images as (B, H, W, C) in memory, which convolutions like.
     tf32: MayChange[bool] = True  # Allow TF32 in float32 products on a GPU.
-    cudnn_benchmark: MayChange[bool] = True  # Let cuDNN try its convolutions for each shape on a GPU, for the fastest.
+    cudnn_benchmark: MayChange[bool] = True  # On a GPU let cuDNN time its kernels for each shape, and take the fastest.
     timeout: MayChange[Annotated[float, Within("(0, 10000]")]] = 10.0  # Minutes that a rank waits for the others.
 
 

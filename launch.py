@@ -1,7 +1,8 @@
 """torchrun, without its traceback: `python launch.py [torchrun's options] main.py [arguments]`.
 
 A rank that fails prints its own error, to which torchrun would add some forty lines. This adds one line, and only if a
-signal ended the rank. The exit status is that of the rank that failed first, or that of a stopped run (75).
+signal ended a rank (exit status 128 + its number), or if the nodes did not meet (1). Otherwise the exit status is that
+of the rank that failed first. A training run that a signal stopped has 75.
 """
 
 import logging

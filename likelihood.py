@@ -80,7 +80,7 @@ def bits_per_dim(log_p: Tensor, dims: int, bin_width: float = 1 / 127.5) -> Tens
     """Bits per dimension (B,) of integer pixels, from the log-density `log_p` (B,), in nats, of dequantized pixels.
 
     `dims` is the number of values in an image. `bin_width` is the distance between neighbouring pixel values; scaled
-    from 0 ... 255 to [-1, 1], they are 1 / 127.5 apart. The mean of the result is an upper bound, since
+    from 0 ... 255 to [-1, 1], they are 1 / 127.5 apart. The mean over u is an upper bound on the bits of the pixels:
 
         P(pixels) >= exp(E log p(x + bin_width (u - 1/2))) bin_width^dims,    u uniform on [0, 1)
 

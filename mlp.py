@@ -1,8 +1,8 @@
 """A residual MLP for vectors: `net(xt, t, label)` maps xt (B, D) to an output of the same shape.
 
-t is (B,) in [0, 1], and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. A linear
-layer embeds xt. Linear features of the sines and cosines of t, at geometric frequencies, and a learned vector for each
-label are added to it.
+t is (B,), and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. The first layer is
+a sum: of a linear layer of xt, a linear layer of sines and cosines of t at geometric frequencies, and a learned vector
+of the label.
 
 To use another network, write a class with the same call, and give it a row in NETWORKS of build.py.
 """

@@ -2,7 +2,7 @@
 
 The learning rate is a pure function of the step s (from 0), and is set before that step is taken. During warm-up it is
 base_lr (s + 1) / warmup_steps; then it follows a schedule. To add a schedule, write a function of the progress after
-warm-up, in [0, 1], that returns the rate between min_lr (0) and base_lr (1), and give it a row in SCHEDULES.
+warm-up, in [0, 1], that returns a number from 0 (min_lr) to 1 (base_lr), and give it a row in SCHEDULES.
 """
 
 import math

@@ -33,7 +33,7 @@ class Coefs(NamedTuple):
 
     @property
     def f(self) -> Tensor:
-        """Drift of the forward SDE dx = f x dt + g dW."""
+        """Coefficient f of the forward SDE dx = f x dt + g dW."""
         return self.alpha_dot / self.alpha
 
     @property
@@ -171,7 +171,7 @@ class LinearVP(Process):
     """Variance preserving: alpha^2 + sigma^2 = 1, with a noise rate beta(t) that is linear in t.
 
     log alpha = -1/2 int_0^t beta (Song et al. 2021, "Score-Based Generative Modeling", eqs. 32 and 33). sigma^2 is
-    computed as -expm1(2 log alpha). In float32, 1 - alpha^2 would be 1.2% off at t = 1e-4.
+    computed as -expm1(2 log alpha). In float32, 1 - alpha^2 could be 1.2% off at t = 1e-4.
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
@@ -257,7 +257,7 @@ class EDM(VE):
     """xt = x0 + sigma x1, with sigma^(1 / rho) linear in t: equal steps of t give EDM's noise levels.
 
     sigma is sigma_min at t = 0 and sigma_max at t = 1 (Karras et al. 2022, "Elucidating the Design Space", eq. 5, where
-    i / (N - 1) = 1 - t). Each quarter of [0, 1] holds a fair part of the noise levels. This suits training times, and
+    i / (N - 1) = 1 - t). Each quarter of [0, 1] holds a quarter of EDM's levels. This suits training times, and
     curves of the loss over t. For sampling, `ve_linear` with `--grid edm` is better: that is EDM's own sampler, with
     the same levels at the same cost. The reason is that a sampler's steps are straight lines in t. The paths to the
     data are nearly straight as functions of sigma, but curved as functions of this t: with 18 levels, Heun's error is

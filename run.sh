@@ -59,7 +59,7 @@ if [ "${0##*/}" = slurm_script ]; then
         STATUS=0
         wait $SRUN || STATUS=$?                # a signal ends the wait, not srun
     done
-    # 75: stopped after a checkpoint; above: killed, because it did not stop; an error is 1 or 2
+    # 75: stopped by a signal; above: killed, because it did not stop; an error is 1 or 2
     if [ -n "$WARNED" ] && [ "$STATUS" -ge 75 ]; then
         echo "job $SLURM_JOB_ID is put into the queue again"
         scontrol requeue "$SLURM_JOB_ID"

@@ -43,14 +43,15 @@ class Field:
     Guidance: let c be the network's prediction, u that of a guide, and s = `guidance_scale`. Then u + s (c - u) is
     used. Every conversion is affine in the prediction, so the result is the same for every kind. The guide is the
     network without labels (classifier-free guidance: Ho & Salimans 2022, eq. 6, with s = 1 + w). Or it is `guide`, a
-    worse network with the same arguments and model_type (autoguidance: Karras et al. 2024, eq. 3). It is called only at
-    times in [guidance_t_min, guidance_t_max] (Kynkaanniemi et al. 2024, section 3), and not at all for s = 1.
+    worse network with the same arguments and model_type (autoguidance: Karras et al. 2024, eq. 3). Either guide is
+    called only at times in [guidance_t_min, guidance_t_max] (Kynkaanniemi et al. 2024, section 3), and not at all for s
+    = 1.
 
     Near the noise: where alpha falls to 0 at t = 1, an x0 computed from a prediction of x1 or of the score has the
     network's error divided by alpha. If at t = 1 this error is more than MAX_ERROR_FACTOR times the network's, the
     network is never called later than the time `latest`, at which sigma / alpha is LATEST_RATIO. For a later time, x is
-    scaled to the noise of `latest`, and the x0 that the network predicts there is used. The price: the scaled x lacks
-    the x0 that the network expects in it, one part in LATEST_RATIO.
+    scaled to the noise of `latest`, and the x0 that the network predicts there is used. The price: the network expects
+    x0 in its input, and the scaled x has almost none.
     """
 
     def __init__(self, net, process: Process, model_type: str, label: Tensor | None = None, guidance_scale: float = 1.0,
@@ -277,7 +278,7 @@ def dpmpp_2m(field, x: Tensor, ts: list[float]) -> Tensor:
 
 
 # ---- Samplers of the SDE. `noise(x)` returns standard normal noise in the shape of x.
-# The last step is one of the ODE, since no later step could remove its noise.
+# The last step is one of the ODE (edm_churn first adds noise), since no later step could remove its noise.
 
 
 def euler_maruyama_step(field, x: Tensor, t: float, t_next: float, noise) -> Tensor:

@@ -44,8 +44,8 @@ class Uniform:
         """Importance weight of t (B,): the density of uniform times over the density of this sampler.
 
         The mean of a loss with these weights estimates its mean over uniform times, without bias. The weights of
-        logit_normal, of edm_log_normal, and of beta with a or b of 2 or more have infinite variance: times near an end
-        are rare and have very large weights, with edm_log_normal on rf up to 7e12.
+        logit_normal, and of beta with a or b of 2 or more, have infinite variance, and those of edm_log_normal a large
+        one: times near an end are rare and have very large weights, with edm_log_normal on rf up to 7e12.
         """
         return 1 / ((self.T_max - self.T_min) * self.density(t))
 

@@ -1,9 +1,9 @@
 """A U-Net for images: `net(xt, t, label)` maps xt (B, C, H, W) to an output of the same shape.
 
-t is (B,) in [0, 1], and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. This is
-the network of Ho et al. 2020 (DDPM) with the residual blocks of Dhariwal & Nichol 2021 (ADM). Time and label scale and
-shift the output of the second norm of each block. Chosen resolutions have self-attention. The last layers of each
-block, of each attention and of the network start at zero.
+t is (B,), and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. This is the network
+of Ho et al. 2020 (DDPM) with the residual blocks of Dhariwal & Nichol 2021 (ADM). Time and label scale and shift the
+output of the second norm of each block. There is self-attention in the middle, and at chosen resolutions. The last
+layers of each block, of each attention and of the network start at zero.
 
 To use another network, write a class with the same call, and give it a row in NETWORKS of build.py.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in float32, as autocast has it on a GPU. It has as many groups as divide the channels, but at most 32.
+    """Group norm in float32, as autocast has it on a GPU. The number of groups divides the channels: 32 at most.
 
     A group has at least 4 channels, unless the network has fewer.
     """
@@ -104,7 +104,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels, in heads of 64 channels, or of the next larger number that divides `channels`."""
+    """Self-attention over the pixels, in heads of 64 channels or the next larger divisor; one head may be smaller."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -172,7 +172,7 @@ class UNet(nn.Module):
         if not set(attention_resolutions) <= set(sides):
             raise ValueError(
                 f"attention_resolutions {' '.join(map(str, attention_resolutions))}: unet has {H} x {W} images "
-                f"at heights {' '.join(map(str, sides))}: choose from these, or give no number for no attention")
+                f"at heights {' '.join(map(str, sides))}: choose from these, or none for attention in the middle only")
         emb_dim = 4 * model_channels
         self.conditioning = Conditioning(2 * (model_channels // 2), emb_dim, num_classes)
 
