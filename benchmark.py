@@ -192,7 +192,7 @@ def measure_sampling(trainer):
 
     for sampler in SAMPLERS:
         draw = functools.partial(trainer.draw, config, trainer.spec, trainer.process, net, trainer.device,
-                                 rows=range(config.batch_size), labels=batch.label, sampler=sampler)
+                                 num=config.batch_size, labels=batch.label, sampler=sampler)
         try:
             calls, times = draw()[1], time_alternately({"call": repeated(call), "draw": repeated(draw)}, config)
             yield sampler, {"calls": calls, "images_per_s": config.batch_size / times["draw"],

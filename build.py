@@ -138,16 +138,16 @@ def formatted(config: Config, x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and config.channels_last else x
 
 
-def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device, *, rows, labels: Tensor | None,
+def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device, *, num, labels: Tensor | None,
              sampler, guide: nn.Module | None = None) -> tuple[Tensor, float]:
-    """The samples `rows`, shared among all ranks, and the network calls that a sample took, on the CPU of every rank.
+    """Samples 0 to num - 1, shared among all ranks, and the network calls that a sample took, on the CPU of every rank.
 
-    Samples are decoded: uint8 images or float vectors (N, ...). `labels` (N,) are those of all samples from 0 on. The
+    Samples are decoded: uint8 images or float vectors (num, ...). `labels` (num,) are theirs, in the same order. The
     settings of sampling are those of `config`. `guide` is a network for autoguidance. If one rank fails, all raise
     UserError when all are done.
     """
-    own_rows = share(len(rows))
-    steps = config.sampling_steps * len(own_rows) / config.sampling_batch_size
+    rows = share(num)
+    steps = config.sampling_steps * len(rows) / config.sampling_batch_size
     compiled = compiles(config, device, steps, SAMPLING_STEPS)
 
     def watched(net):
@@ -164,17 +164,16 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
 
     batches = call_with_settings(
         draw, {**vars(config), "guide": guide and watched(guide)}, net=watched(net), process=process, device=device,
-        rows=rows[own_rows.start : own_rows.stop], shape=spec.shape, labels=labels, sampler=sampler,
-        batch_size=config.sampling_batch_size)
+        rows=rows, shape=spec.shape, labels=labels, sampler=sampler, batch_size=config.sampling_batch_size)
 
     def own_samples():
-        samples, calls = [torch.empty(0, *spec.shape, dtype=torch.uint8 if spec.is_image else torch.float32)], []
+        samples, calls = [spec.decode(torch.empty(0, *spec.shape))], []  # of the right type, if this rank has no rows
         for batch, calls_of_each in batches:
             samples.append(spec.decode(batch).cpu())
             calls += [calls_of_each] * len(batch)
-            progress.set_description(f"{sampler}: {len(calls)} of {len(own_rows)} samples", refresh=False)
+            progress.set_description(f"{sampler}: {len(calls)} of {len(rows)} samples", refresh=False)
         return torch.cat(samples), torch.tensor(calls, dtype=torch.float64)
 
-    with Progress(f"{sampler}: 0 of {len(own_rows)} samples", unit="network call") as progress:
+    with Progress(f"{sampler}: 0 of {len(rows)} samples", unit="network call") as progress:
         samples, calls = map(gather_rows, all_or_none(own_samples))
     return samples, calls.mean().item()

@@ -115,27 +115,25 @@ def end_stopped(stop: Stopped):
 # ---- Flags
 
 
-def import_tyro():
-    try:
-        import tyro
-    except ModuleNotFoundError as error:
-        fail(f"{error}: pip install -r requirements.txt")
-    return tyro
-
-
 def optional_settings(cls, mark):
     """A dataclass of the settings of `cls` with this mark, with the same types and comments. None: as in the run."""
+    from typing_extensions import Doc
+
     comments, fields = dict(re.findall(r"^    (\w+): .*?  # (.*)\.$", inspect.getsource(cls), re.M)), []
     for name, hint in get_type_hints(cls, include_extras=True).items():
         if mark in getattr(hint, "__metadata__", ()):
-            comment = import_tyro().conf.arg(help=f"{comments[name]}; None: the run's own.")
+            comment = Doc(f"{comments[name]}; None: the run's own.")
             fields.append((name, Annotated[(hint.__origin__ | None, *hint.__metadata__, comment)], None))
     return dataclasses.make_dataclass(f"Optional{cls.__name__}", fields)
 
 
 def parse(cls, arguments, default=None, description=None):
     """The dataclass `cls` filled from `arguments`. Wrong ones, or numbers out of range, end the program in one line."""
-    tyro, messages = import_tyro(), io.StringIO()
+    try:
+        import tyro
+    except ModuleNotFoundError as error:
+        fail(f"{error}: pip install -r requirements.txt")
+    messages = io.StringIO()
     if "--" in arguments:
         fail("'--' is no setting: expected --setting value")
     try:

@@ -115,14 +115,14 @@ def make_dataset(data, labels, source="make_dataset") -> Dataset:
 def from_torchvision(name, data_dir, download, split) -> Dataset:
     """torchvision's data set `name`. Its archives are in `data_dir` (CIFAR10), or in `data_dir`/`name`/raw."""
     cls = getattr(import_torchvision().datasets, name)
-    if name == "CIFAR10":
-        folder, files, source = data_dir, [cls.filename], cls.url
-    else:
-        folder, files, source = os.path.join(data_dir, name, "raw"), [file for file, _ in cls.resources], cls.mirrors[0]
     try:  # a pickle could run code: torchvision opens none before it has compared its MD5
         data = cls(data_dir, train=split == "train", download=download)
     except Exception as error:  # no network, no room, a damaged archive
-        files = " and ".join(os.path.join(folder, file) for file in files)
+        if name == "CIFAR10":
+            files, source = f"{data_dir}/{cls.filename}", cls.url
+        else:
+            files = " and ".join(f"{data_dir}/{name}/raw/{file}" for file, _ in cls.resources)
+            source = cls.mirrors[0]
         raise UserError(f"{name} is not in {data_dir}, or is corrupt there, and cannot be downloaded "
                         f"({first_line(error)}): put {files} there, from {source}, or run the preset 'digits', which "
                         "needs no download") from error
@@ -195,9 +195,10 @@ def image_folder(data_dir, image_size, split) -> Dataset:
 
     They are decoded once into data/cache, and read from there until the folder changes.
     """
-    train, *tests = [os.path.join(data_dir, name) for name in ("train", "test", "val")]
-    tests = list(filter(os.path.isdir, tests))
-    folders = {"train": train, "test": tests[0]} if tests and os.path.isdir(train) else {"train": data_dir}
+    folders = {"train": data_dir}
+    for test in ("val", "test"):  # test, if there are both
+        if os.path.isdir(f"{data_dir}/train") and os.path.isdir(f"{data_dir}/{test}"):
+            folders = {"train": f"{data_dir}/train", "test": f"{data_dir}/{test}"}
     if split not in folders:
         raise UserError(f"{data_dir} has no test split: expected class folders in {data_dir}/train and in "
                         f"{data_dir}/test")
@@ -212,7 +213,7 @@ def image_folder(data_dir, image_size, split) -> Dataset:
     if images.classes != classes:
         raise UserError(f"{folder} has the classes {', '.join(images.classes)}, and {folders['train']} has "
                         f"{', '.join(classes)}: expected the same")
-    cache = os.path.join(CACHE, f"{hashlib.sha256(listing.encode()).hexdigest()[:16]}-{image_size}")
+    cache = f"{CACHE}/{hashlib.sha256(listing.encode()).hexdigest()[:16]}-{image_size}"
 
     def write(file):
         decode = functools.partial(decode_image, size=image_size)

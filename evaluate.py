@@ -264,7 +264,7 @@ def loss_by_t(e: Evaluation):
         binned = binned_statistic(found[0], found, bins=BINS, range=(e.config.T_min, e.config.T_max)).statistic
         lines[split], means[split] = binned, found[1].mean()
         e.card["loss"] |= {"draws": len(found[0]), split: means[split], f"{split}_by_t": binned.T.tolist()}
-    e.pictures["loss_by_t"] = log_plot(lines, "t", "loss")
+    e.pictures["loss_by_t"] = log_plot(lines, xlabel="t", ylabel="loss")
     print0(f"loss        {in_words(means)}")
 
 
@@ -313,8 +313,8 @@ def curve(e: Evaluation):
             e.card["curve"] = {"metric": metric, "points": points}
             e.save()  # so that a kill loses one point
     if points:
-        e.pictures["quality_against_cost"] = log_plot(lines, "network calls a sample", metric, log_x=True,
-                                                      level=e.card["metrics"][metric].get("real"))
+        e.pictures["quality_against_cost"] = log_plot(
+            lines, e.card["metrics"][metric].get("real"), xlabel="network calls a sample", ylabel=metric, xscale="log")
 
 
 PARTS = [distances, likelihood, neighbours, loss_by_t, curve]
@@ -336,7 +336,7 @@ def evaluate(e: Evaluation):
 
 def show_on_wandb(e: Evaluation):
     """The card and the pictures as a wandb run of their own, in the run's project."""
-    run = start_wandb(e.folder, e.card, e.config.wandb, e.config.wandb_project, new=True)
+    run = start_wandb(e.folder, e.config, e.card, new=True)
     values = {name: row["mean"] for name, row in e.card["metrics"].items()} | e.card.get("likelihood", {})
     close_wandb(log_to_wandb(run, values | {"step": e.card["step"]}, **e.pictures))
 

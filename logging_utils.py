@@ -33,16 +33,17 @@ class Logger:
     A run that resumes from an older checkpoint loses its later lines, so that metrics.jsonl has each step once.
     """
 
-    def __init__(self, folder, settings, mode, project, step, total):
-        self.folder, self.metrics = folder, os.path.join(folder, "metrics.jsonl")
+    def __init__(self, folder, config, step):
+        self.folder, self.metrics = folder, f"{folder}/metrics.jsonl"
         self.lines = []  # all of metrics.jsonl
         with contextlib.suppress(FileNotFoundError, ValueError), open(self.metrics) as file:
             for line in map(json.loads, file):  # up to one that a kill cut off
                 if line["step"] <= step:
                     self.lines.append(line)
         self.write_all()
-        self.run = start_wandb(folder, settings, mode, project, new=step == 0)
-        self.bar = tqdm(total=total, initial=step, unit="step", disable=None, **BAR)  # none in a log file
+        self.run = start_wandb(folder, config, vars(config), new=step == 0)
+        # none in a log file
+        self.bar = tqdm(total=config.num_training_steps, initial=step, unit="step", disable=None, **BAR)
 
     def log(self, step, values, kind="training"):
         """Adds a line of this kind to metrics.jsonl, to wandb, and to the terminal or the log file.
@@ -80,8 +81,6 @@ class Logger:
 
     def curves(self):
         """Draws all figures of metrics.jsonl over the steps into curves.png, the loss by quarter of t with the loss."""
-        from matplotlib.figure import Figure
-
         panels = {}  # the first name of each, and its lines
         for line in self.lines:
             for name, value in line.items():
@@ -90,13 +89,13 @@ class Logger:
                     steps.append(line["step"])
                     values.append(value)
         rows = -(-len(panels) // 3) or 1
-        figure = Figure(figsize=(15, 3 * rows), layout="constrained")
+        figure = new_figure(15, 3 * rows)
         for i, (title, lines) in enumerate(panels.items(), 1):
             axes = figure.add_subplot(rows, 3, i)
             draw_lines(axes, lines, xlabel="step")
             if title in ("loss", "grad_norm") and axes.dataLim.ymin > 0:
                 axes.set_yscale("log")
-        save_picture(drawn(figure), os.path.join(self.folder, "curves.png"))
+        save_picture(drawn(figure), f"{self.folder}/curves.png")
 
 
 # ---- Progress
@@ -129,13 +128,14 @@ class Progress(tqdm):
 # ---- wandb
 
 
-def start_wandb(folder, settings, mode, project, new):
-    """A wandb run, called as the folder, or None. It never asks for input. Without `mode`, WANDB_MODE holds.
+def start_wandb(folder, config, shown, new):
+    """A wandb run, called as the folder, or None. It never asks for input. wandb shows `shown` as the run's settings.
 
-    `online` without a key, or without a server within some seconds, becomes offline, and one line reports it. The run's
-    id is kept in <folder>/wandb_id: a run that resumes is the same run on wandb.
+    Its mode is config.wandb, or else WANDB_MODE. `online` without a key, or without a server within some seconds,
+    becomes offline, and one line reports it. The run's id is kept in <folder>/wandb_id: a run that resumes is the same
+    run on wandb.
     """
-    mode, path, run_id = mode or os.environ.get("WANDB_MODE") or "online", os.path.join(folder, "wandb_id"), None
+    mode, path, run_id = config.wandb or os.environ.get("WANDB_MODE") or "online", f"{folder}/wandb_id", None
     if mode == "disabled":
         return None
     os.environ["WANDB_SILENT"] = "true"
@@ -155,8 +155,8 @@ def start_wandb(folder, settings, mode, project, new):
             with open(path) as file:
                 run_id = file.read().split()[0]
         flushing = wandb.Settings(x_transaction_log_flush_interval=1.0)  # a kill may cost 1 s of history, not 15
-        run = wandb.init(mode=mode, project=project, name=os.path.basename(folder), id=run_id, resume="allow",
-                         dir=folder, config=settings, settings=flushing)
+        run = wandb.init(mode=mode, project=config.wandb_project, name=os.path.basename(folder), id=run_id,
+                         resume="allow", dir=folder, config=shown, settings=flushing)
         write_atomically(path, run.id)
         offline = f"offline; upload with `wandb sync {os.path.dirname(run.dir)}`"
         print("wandb:", offline if run.offline else run.url, flush=True)
@@ -225,6 +225,13 @@ def image_grid(images, columns, width=500):
     return ImageOps.scale(image, factor, Image.Resampling.NEAREST)
 
 
+def new_figure(width, height):
+    """A figure of matplotlib, in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure((width, height), layout="constrained")
+
+
 def drawn(figure):
     """A figure of matplotlib -> a PIL image."""
     from PIL import Image
@@ -246,10 +253,8 @@ def draw_lines(axes, lines, **settings):
 
 def scatter_plot(samples, data=None):
     """Samples (N, D), beside data (M, D) if given, first and last coordinate -> a PIL image."""
-    from matplotlib.figure import Figure
-
     panels = {"samples": samples} if data is None else {"samples": samples, "data": data}
-    figure = Figure(figsize=(5 * len(panels), 5), layout="constrained")
+    figure = new_figure(5 * len(panels), 5)
     points = samples if data is None else data
     low, high = np.quantile(points[:, [0, -1]], [0.001, 0.999], axis=0)  # a stray point sets no scale
     (x, y), reach = (low + high) / 2, 0.6 * (high - low).max() or 1.0
@@ -270,16 +275,14 @@ def picture_of(samples, data=None, columns=None):
     return image_grid(samples, columns or max(1, round(len(samples) ** 0.5)))
 
 
-def log_plot(lines, x_label, y_label, log_x=False, level=None):
-    """Lines {name: (x, y)} over a logarithmic y axis -> a PIL image.
+def log_plot(lines, level=None, **settings):
+    """Lines {name: (x, y)} over a logarithmic y axis -> a PIL image, with these settings of the axes.
 
-    With `log_x` the x axis is logarithmic, too. `level` is what real data get, a horizontal line.
+    `level` is what real data get, a horizontal line.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     if level and level > 0:
         axes.axhline(level, label="real data", color="black", linestyle="--")
-    draw_lines(axes, lines, xlabel=x_label, ylabel=y_label, yscale="log", xscale="log" if log_x else "linear")
+    draw_lines(axes, lines, yscale="log", **settings)
     return drawn(figure)

@@ -47,7 +47,7 @@ class Run:
 
     def open_run(self):
         """Opens the folder of the run, and resumes it if there is a checkpoint. All ranks must call it."""
-        config, device, self.folder = self.config, self.device, os.path.join(self.config.ckpt_dir, self.config.run_name)
+        config, device, self.folder = self.config, self.device, f"{self.config.ckpt_dir}/{self.config.run_name}"
         self.optimizer = make_optimizer(self.net, config.weight_decay)
         self.ema = EMA(self.net, config.ema_decay)
         self.step = 0  # steps taken
@@ -63,11 +63,9 @@ class Run:
         may_change = {name for name, found in marks(Config).items() if "may change" in found}
         if path := on_rank0(lambda: saving.open_run(self.folder, vars(config), vars(Config()), may_change)):
             self.restore(path)
-        logger = (self.folder, vars(config), config.wandb, config.wandb_project, self.step, config.num_training_steps)
-        on_rank0(lambda: setattr(self, "logger", Logger(*logger)))
+        on_rank0(lambda: setattr(self, "logger", Logger(self.folder, config, self.step)))
         if world_size() > 1:
-            device_ids = [device.index] if device.type == "cuda" else None
-            self.ddp = self.forward = DistributedDataParallel(self.net, device_ids, gradient_as_bucket_view=True)
+            self.ddp = self.forward = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
         if compiles(config, device, math.inf if config.compile else config.num_training_steps, TRAINING_STEPS):
             self.forward = torch.compile(self.ddp, mode=config.compile_mode)
 
@@ -123,15 +121,15 @@ class Run:
         """Saves a picture of the items of the first batch, repeated if there are more samples in a grid."""
         rows = np.resize(self.batches.indices(0), self.config.num_samples)
         picture = self.picture(torch.from_numpy(self.dataset.data[rows]))
-        self.logger.picture(self.step, "real", picture, os.path.join(self.folder, "real.png"))
+        self.logger.picture(self.step, "real", picture, f"{self.folder}/real.png")
 
     def picture_path(self, weights, sampler):
-        return os.path.join(self.folder, "samples", f"{weights}_{sampler}_{self.step:07d}.png")
+        return f"{self.folder}/samples/{weights}_{sampler}_{self.step:07d}.png"
 
     def samples(self, weights, sampler, num, labels: Tensor | None) -> Tensor:
         """Decoded samples, of which each rank draws its share."""
         net = self.net if weights == "raw" else self.ema.net
-        return self.draw(self.config, self.spec, self.process, net, self.device, rows=range(num), labels=labels,
+        return self.draw(self.config, self.spec, self.process, net, self.device, num=num, labels=labels,
                          sampler=sampler)[0]
 
     def sample_and_evaluate(self):

@@ -109,7 +109,7 @@ class Loaded:
         """Samples 0 to num - 1 with these `changes` of the settings, drawn by the run's trainer: see build.draw_all."""
         config = replace(self.config, **changes)
         return look_up(TRAINERS, config.trainer).draw(
-            config, self.spec, self.process, self.net, self.device, rows=range(num), labels=labels,
+            config, self.spec, self.process, self.net, self.device, num=num, labels=labels,
             sampler=config.sampler, guide=self.guide)
 
 

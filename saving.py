@@ -61,8 +61,8 @@ def save(folder, state, keep=2, milestone_every=0):
     The last `keep` stay, and those of every `milestone_every` steps (0: none). Raises UserError, and leaves what was
     there, if the disk is full or cannot be written.
     """
-    step, last = state["step"], os.path.join(folder, LAST)
-    path, content = os.path.join(folder, f"step_{step:07d}.pt"), {**state, "sha256": digest(state)}
+    step, last = state["step"], f"{folder}/{LAST}"
+    path, content = f"{folder}/step_{step:07d}.pt", {**state, "sha256": digest(state)}
     write_tensors(path, content)
     try:
         os.link(path, f"{last}.tmp")
@@ -127,7 +127,7 @@ def load_newest(folder):
     (None, None) if there is none. Raises UserError if there are some, and none can be read.
     """
     failure = None
-    for path in filter(os.path.exists, [os.path.join(folder, LAST), *(path for _, path in numbered(folder))]):
+    for path in filter(os.path.exists, [f"{folder}/{LAST}", *(path for _, path in numbered(folder))]):
         try:
             state = load(path)
         except UserError as error:
@@ -152,7 +152,7 @@ HELD = {}  # folder -> its open lock file; the system releases it when this proc
 
 def lock(folder):
     """Keeps other processes out of this folder as long as this one lives. Raises UserError if one runs there."""
-    path = os.path.abspath(os.path.join(folder, "lock"))
+    path = os.path.abspath(f"{folder}/lock")
     if path in HELD:
         return
     file = open(path, "a+")
@@ -198,5 +198,5 @@ def open_run(folder, settings, defaults, may_change):
                             "to resume it, or choose another --run_name (or remove the folder) to start anew")
     for temporary in Path(folder).glob("*.tmp*"):  # of a save that was killed
         temporary.unlink()
-    write_atomically(os.path.join(folder, "config.json"), json.dumps(settings, indent=2))
+    write_atomically(f"{folder}/config.json", json.dumps(settings, indent=2))
     return newest

@@ -22,7 +22,7 @@ from distributed import agreed_stop, on_rank0, print0, rank, share, world_size
 from optimizers import learning_rate, take_step
 from prediction import convert, loss_weight, target
 from runs import Run
-from utils import RowNoise, UserError, append_dims, call_with_settings, make_seed, mean_flat, seed_torch
+from utils import RowNoise, UserError, append_dims, call_with_settings, make_seed, seed_torch
 
 
 class Batch(NamedTuple):
@@ -96,7 +96,8 @@ class DiffusionTrainer(Run):
             out = self.forward(formatted(config, xt), batch.t, batch.label)
         prediction = convert(out.float(), xt, c, config.model_type, config.target_type)
         weight = call_with_settings(loss_weight, vars(config), c=c).flatten()
-        return weight * mean_flat((prediction - target(config.target_type, c, batch.x0, batch.x1)) ** 2)
+        error = prediction - target(config.target_type, c, batch.x0, batch.x1)
+        return weight * error.square().flatten(1).mean(1)
 
     # ---- Training
 

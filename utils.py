@@ -72,11 +72,6 @@ def append_dims(v: torch.Tensor, ndim) -> torch.Tensor:
     return v.reshape(v.shape + (1,) * (ndim - v.ndim))
 
 
-def mean_flat(x: torch.Tensor) -> torch.Tensor:
-    """(B, ...) -> (B,): the mean over all dimensions but the first."""
-    return x.flatten(1).mean(1)
-
-
 def invert(function, y: torch.Tensor, low, high) -> torch.Tensor:
     """The x in [low, high] with function(x) = y, for a decreasing function. Of y's shape and type.
 

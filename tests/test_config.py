@@ -29,7 +29,7 @@ def readers() -> dict[str, set[str]]:
     for reader, function in called.items():
         for name in set(NAMES) & (parameters_of(function) if function else set()):
             found[name].add(reader)
-    for file in ("main.py", "command_line.py", "build.py", "trainer.py", "runs.py"):
+    for file in ("main.py", "command_line.py", "build.py", "trainer.py", "runs.py", "logging_utils.py"):
         for function in ast.walk(ast.parse((ROOT / file).read_text())):
             for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
                 owner = getattr(node, "value", None)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -52,9 +53,9 @@ def read_wandb(folder, runs="offline-run-*"):
     return config, history
 
 
-def logger(folder, mode="disabled", step=0, **changes):
-    settings = dict(folder=str(folder), settings=SETTINGS, mode=mode, project="tests", step=step, total=10)
-    return Logger(**{**settings, **changes})
+def logger(folder, mode="disabled", step=0):
+    config = SimpleNamespace(**SETTINGS, wandb=mode, wandb_project="tests", num_training_steps=10)
+    return Logger(str(folder), config, step)
 
 
 def values(loss):
@@ -134,12 +135,13 @@ def test_a_stray_point_sets_no_scale():
     assert blue[0] > 2000 and blue[1] == pytest.approx(blue[0], rel=0.1)
 
 
-@pytest.mark.parametrize("log_x", [False, True])
-def test_log_plot(log_x):
+@pytest.mark.parametrize("xscale", ["linear", "log"])
+def test_log_plot(xscale):
     """As many lines as there are samplers, which look different; and what real data get."""
     steps = np.array([5, 10, 20, 40])
     lines = {f"sampler {k}": (steps, (k + 1) / steps) for k in range(12)}
-    pictures = [log_plot(lines, "calls", "distance", log_x, level) for level in (None, 0.05, -0.1)]
+    axes = dict(xlabel="calls", ylabel="distance", xscale=xscale)
+    pictures = [log_plot(lines, level, **axes) for level in (None, 0.05, -0.1)]
     plain, level, below_zero = [np.asarray(picture) for picture in pictures]
     assert pictures[0].size == (800, 500)
     assert (plain != level).any() and np.array_equal(plain, below_zero)  # a logarithmic axis has no place for it
@@ -167,8 +169,9 @@ def test_wandb_offline_holds_everything(tmp_path, monkeypatch):
 
 ONLINE = """
 import sys; sys.path.insert(0, sys.argv[1])
+from config import Config
 from logging_utils import Logger
-log = Logger(sys.argv[2], {}, "online", "tests", 0, 10)
+log = Logger(sys.argv[2], Config(wandb="online", wandb_project="tests", num_training_steps=10), 0)
 log.log(1, dict(loss=1.0, grad_norm=1.0, learning_rate=1.0, images_per_second=1.0))
 log.finish()
 """
@@ -236,10 +239,11 @@ def test_a_mode_of_the_environment(tmp_path, monkeypatch, capsys):
 MIDDLE = """
 import os, pathlib, sys, time; sys.path.insert(0, sys.argv[1])
 import logging_utils
+from config import Config
 from logging_utils import Logger, Timer
 folder, logging_utils.Timer = pathlib.Path(sys.argv[2]), lambda seconds, end: Timer(seconds / 5, end)
 os.makedirs(folder / "run", exist_ok=True)
-log = Logger(str(folder / "run"), {}, sys.argv[3], "tests", 0, 10)
+log = Logger(str(folder / "run"), Config(wandb=sys.argv[3], wandb_project="tests", num_training_steps=10), 0)
 for step in range(1, 40):
     log.log(step, dict(loss=1.0, grad_norm=1.0, learning_rate=1.0, images_per_second=1.0))
     if step == 20:
