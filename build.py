@@ -43,9 +43,8 @@ def check_run(config: Config, device):
 
 
 def check_settings(config: Config):
-    """Raises UserError if training or sampling would divide by zero at T_min or T_max, or needs a score there is not.
-
-    Also for limits in the wrong order. Needs neither data nor network.
+    """Raises UserError if training or sampling would divide by zero at T_min or T_max, or needs a score that the
+    coupling does not give, or if limits are in the wrong order. It takes neither data nor network.
     """
     settings = vars(config)
     process = call_with_settings(make_process, settings)
@@ -124,8 +123,8 @@ def autocast(config: Config, device):
 
 
 def compiles(config: Config, device, steps, enough):
-    """Whether the network is compiled, which is printed: if the settings allow it (by default on a GPU), and it runs
-    `enough` steps.
+    """Whether to compile the network: if the settings allow it (by default on a GPU), and it runs `enough` steps or
+    more. Prints a line if so.
     """
     if steps < enough or config.compile is False or config.compile is None and device.type != "cuda":
         return False
@@ -140,7 +139,7 @@ def formatted(config: Config, x: Tensor) -> Tensor:
 
 def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device, *, num, labels: Tensor | None,
              sampler, guide: nn.Module | None = None) -> tuple[Tensor, float]:
-    """Samples 0 to num - 1, shared among all ranks, and the network calls that a sample took, on the CPU of every rank.
+    """Samples 0 to num - 1, of which each rank draws a share, and the mean network calls of one, on every rank's CPU.
 
     Samples are decoded: uint8 images or float vectors (num, ...). `labels` (num,) are theirs, in the same order. The
     settings of sampling are those of `config`. `guide` is a network for autoguidance. If one rank fails, all raise

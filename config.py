@@ -155,8 +155,8 @@ class Config:
 
     # ---- Devices
     device: MayChange[Literal["auto", "cpu", "cuda"]] = "auto"  # auto: the GPU where there is one.
-    bf16: Sampling[bool | None] = None  # Run the network in bfloat16. None: on a GPU that has it. Slow on most CPUs.
-    compile: Sampling[bool | None] = None  # Compile the network. None: on a GPU, where training or sampling is long.
+    bf16: Sampling[bool | None] = None  # Network in bfloat16; by default on a GPU that has it. Slow on most CPUs.
+    compile: Sampling[bool | None] = None  # Compile the network; by default on a GPU, if it runs for long.
     compile_mode: MayChange[CompileMode] = "default"  # Mode of torch.compile.
     channels_last: bool = True  # Keep images as (B, H, W, C) in memory, which convolutions like.
     tf32: MayChange[bool] = True  # Allow TF32 in float32 products on a GPU.

@@ -6,7 +6,7 @@ takes samples back. Arrays stay in memory, except those of an image folder, whic
 
 To add a data set, write a function that returns `make_dataset(data, labels)`, and give it a row in DATASETS. Of
 `data_dir`, `image_size`, `download` and `split` it gets those that it has as parameters (`utils.call_with_settings`).
-Rank 0 calls it first, with download=True. With the parameter `split` it has a test split, which only evaluate.py reads.
+Rank 0 calls it first, with download=True. If it takes `split`, there is a test split, which only evaluate.py reads.
 """
 
 import functools
@@ -77,8 +77,8 @@ class Dataset:
 def make_dataset(data, labels, source="make_dataset") -> Dataset:
     """A data set of uint8 images or of vectors (N, D), with labels (N,) from 0, or None.
 
-    Images are (N, H, W), (N, H, W, C) or (N, C, H, W), with C 1, 3 or 4. Both may be anything that numpy.asarray takes.
-    Raises UserError, which names `source`, if they are something else.
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W), with C 1, 3 or 4. Data and labels may be anything that
+    numpy.asarray takes. Raises UserError, which names `source`, if they are something else.
     """
     data, num_classes = np.asarray(data), 0
     mean = std = [127.5]
@@ -210,6 +210,9 @@ def image_folder(data_dir, image_size, split) -> Dataset:
     except OSError as error:
         raise UserError(f"{folder} is no folder of class folders of images ({first_line(error)}): expected "
                         "DATA_DIR/CLASS/IMAGE.jpg (or .png, ...); set --data_dir, or repair the folder") from error
+    if classes == ["train"]:
+        raise UserError(f"{data_dir} holds one folder, train: expected class folders, or train and test with class "
+                        f"folders in each; use --data_dir {data_dir}/train")
     if images.classes != classes:
         raise UserError(f"{folder} has the classes {', '.join(images.classes)}, and {folders['train']} has "
                         f"{', '.join(classes)}: expected the same")
@@ -280,7 +283,7 @@ def load_dataset(name, data_dir="data", image_size=32, download=False, split="tr
 
 
 def spread_labels(labels: np.ndarray, n) -> Tensor:
-    """Labels (n,) with the frequencies of `labels`; for any m, the first m of them have these as well.
+    """Labels (n,) in the proportions of `labels`. For any m, the first m have these proportions too, to rounding.
 
     They are read from the sorted labels in steps of the golden ratio.
     """

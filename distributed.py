@@ -24,8 +24,8 @@ import torch.distributed as dist
 from command_line import Stopped, end_stopped, fail, stop_listening, stop_requested
 from utils import OUT_OF_MEMORY, UserError, first_line, keep_freed_memory
 
-CALLS = itertools.count()  # of on_rank0, alike on all ranks
-PATIENCE = datetime.timedelta(hours=12)  # of the other ranks with what rank 0 does alone
+CALLS = itertools.count()  # numbers the calls of on_rank0, in the same way on all ranks
+PATIENCE = datetime.timedelta(hours=12)  # how long the other ranks wait for what rank 0 does alone
 
 
 # ---- Ranks
@@ -53,10 +53,10 @@ def share(n):
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of all ranks in order, on the CPU of every rank; their numbers may differ. All ranks must call it."""
+    """The rows of all ranks in order, on every rank's CPU. Ranks may have different numbers. All must call it."""
     parts = [rows.cpu()] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(parts, rows.cpu().clone())  # a clone has nothing around it, which would be sent, too
+        dist.all_gather_object(parts, rows.cpu().clone())  # of a view, the whole storage would be sent
     return torch.cat(parts)
 
 
@@ -194,6 +194,8 @@ LOST = re.compile("gloo|NCCL|Dist.*Error|Connection (closed|reset)|Timed out|tim
 
 def end(error, timeout):
     """Ends the program after `error`, in one line or none; returns if it is no mistake of the user's, but a bug."""
+    if isinstance(error, BrokenPipeError):  # as of `| head`
+        os._exit(1)
     if isinstance(error, Stopped):
         end_stopped(error)
     if isinstance(error, UserError):

@@ -271,8 +271,8 @@ def loss_by_t(e: Evaluation):
 def losses(e: Evaluation, data: Dataset) -> np.ndarray:
     """Times, evenly spread in each batch, and losses, (2, N), of whole batches of this data, loss_num draws or more.
 
-    Batches and loss are those of the run's trainer, without flips and label dropout, the same for any weights. The data
-    are scaled as those of the run's training split.
+    Batches and loss are those of the run's trainer, without flips and label dropout; the batches are the same for raw
+    and for EMA weights. The data are scaled as those of the run's training split.
     """
     c = replace(e.config, batch_size=max(e.config.batch_size, world_size()), time_sampler="stratified",
                 importance_weights=False, random_flip=False, label_dropout=0.0, overfit_one_batch=False)
@@ -368,6 +368,8 @@ def main(arguments):
     options = parse(Options, arguments, description="Measures how good a checkpoint is.")
     if options.curve and min(options.curve) < 1:
         fail(f"curve is {options.curve}: expected numbers of steps, such as --curve 5 10 20 40")
+    if options.likelihood_num == 1:  # which has no standard error
+        fail("likelihood_num is 1: expected 2 or more, or 0 for none")
     with set_up(options.device, tf32=False, timeout=60.0) as device:  # distances and likelihoods want exact products
         evaluate(Evaluation(options, device))
 

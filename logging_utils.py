@@ -113,7 +113,8 @@ class Progress(tqdm):
 
     def __init__(self, what, total=None, unit="step"):
         self.terminal = sys.stderr.isatty()
-        lines = {"mininterval": 30, "delay": 30, "bar_format": "{desc}{n_fmt} of {total_fmt}{unit}"}
+        done = "{n_fmt} of {total_fmt}" if total else "{n_fmt}"
+        lines = {"mininterval": 30, "delay": 30, "bar_format": "{desc}" + done + "{unit}"}
         super().__init__(desc=f"{what}: ", total=total, unit=f" {unit}s", leave=False, disable=rank() > 0,
                          **BAR if self.terminal else lines)
 
@@ -129,7 +130,7 @@ class Progress(tqdm):
 
 
 def start_wandb(folder, config, shown, new):
-    """A wandb run, called as the folder, or None. It never asks for input. wandb shows `shown` as the run's settings.
+    """A wandb run with the folder's name, or None if that fails. It never asks for input. Its settings are `shown`.
 
     Its mode is config.wandb, or else WANDB_MODE. `online` without a key, or without a server within some seconds,
     becomes offline, and one line reports it. The run's id is kept in <folder>/wandb_id: a run that resumes is the same
@@ -184,7 +185,7 @@ def log_to_wandb(run, values, **images):
 
 
 def close_wandb(run, failure=None):
-    """Closes a run, if there is one, within some 20 s. One line reports a failure, or this one, of before."""
+    """Closes a run, if there is one, within some 20 s. One line reports its failure, or `failure`, of before."""
     if run is None:
         return
     import wandb
@@ -256,7 +257,8 @@ def scatter_plot(samples, data=None):
     panels = {"samples": samples} if data is None else {"samples": samples, "data": data}
     figure = new_figure(5 * len(panels), 5)
     points = samples if data is None else data
-    low, high = np.quantile(points[:, [0, -1]], [0.001, 0.999], axis=0)  # a stray point sets no scale
+    points = np.nan_to_num(np.asarray(points)[:, [0, -1]], posinf=0.0, neginf=0.0)
+    low, high = np.quantile(points, [0.001, 0.999], axis=0)  # a stray point sets no scale
     (x, y), reach = (low + high) / 2, 0.6 * (high - low).max() or 1.0
     for i, (title, points) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), i, title=title, aspect="equal")

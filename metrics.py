@@ -161,7 +161,7 @@ def content(data: np.ndarray):
 
 
 def cached(kind, arrays: list[np.ndarray], recipe, make) -> dict[str, Tensor]:
-    """The tensors that all ranks `make` by this recipe from these arrays, once: rank 0 keeps its own in data/cache.
+    """The tensors of `make` for this recipe and these arrays, made once by all ranks, and kept in data/cache by rank 0.
 
     Raises UserError if the file is damaged. All ranks must call it.
     """

@@ -1,7 +1,7 @@
 """What surrounds the training loop: a run's folder, its checkpoints, metrics, pictures and evaluations.
 
-`Run` is the base class of the trainer, which has the settings, the process, the network and the loop. Whatever fails
-here while the run is watched (a grid that cannot be drawn, a full disk) is reported, and training continues. What is
+`Run` is the base class of the trainer, which has the settings, the process, the network and the loop. A UserError or an
+error of the disk while the run is watched (no memory for a grid, no room) is reported, and training continues. What is
 drawn or saved at a step is a function of the state at that step: a run that resumes makes up for what a kill prevented.
 """
 
@@ -20,10 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import saving
 from build import TRAINING_STEPS, compiles
-from command_line import stop_requested
 from config import Config, marks
 from data_utils import spread_labels
-from distributed import gather_rows, on_rank0, print0, rank, world_size
+from distributed import agreed_stop, gather_rows, on_rank0, print0, rank, world_size
 from ema import EMA
 from logging_utils import Logger, picture_of
 from optimizers import make_optimizer
@@ -54,7 +53,7 @@ class Run:
         # Gradient norm, t, loss and importance of this rank's rows since the last line of metrics; norms not yet seen
         self.window, self.norms = [torch.zeros(0, 4, device=device)], []
         self.skipped = 0  # steps in a row until now that were not finite
-        self.saved_step, self.save_failed = None, False  # of the last checkpoint
+        self.saved_step, self.save_failed = None, False  # step of the last checkpoint; whether the last try failed
         self.evaluator = self.logger = None  # the first is made when it is needed, the second on rank 0 alone
 
         parameters = sum(p.numel() for p in self.net.parameters())
@@ -71,7 +70,7 @@ class Run:
 
     def due(self, every):
         """Whether something is due after this step, every so many steps (0: never) and at the end."""
-        return self.step == self.config.num_training_steps or (every > 0 and self.step % every == 0)
+        return self.step >= self.config.num_training_steps or (every > 0 and self.step % every == 0)
 
     # ---- Watching
 
@@ -81,7 +80,8 @@ class Run:
         try:
             yield
         except UserError as error:
-            if rank() == 0 and not (what and stop_requested()):  # a signal stops drawing, and training reports it
+            stopped = what and agreed_stop()  # a signal stops drawing, and training reports it
+            if rank() == 0 and not stopped:
                 warn(f"{f'no {what} at step {self.step}: ' if what else ''}{error}")
 
     def check_norms(self):
@@ -95,7 +95,7 @@ class Run:
             if self.skipped and rank() == 0:
                 warn(f"step {step} has a loss or gradient that is not finite (gradient norm {norm}), and is skipped; "
                      f"trainer.prepare_batch({step}) is its batch")
-            if self.skipped == self.config.max_skipped_steps:
+            if self.skipped >= self.config.max_skipped_steps:
                 raise UserError(f"{self.skipped} steps in a row had a loss or gradient that is not finite, up to step "
                                 f"{step}, and the last checkpoint is good: lower --base_lr, or look at the data")
 
@@ -133,7 +133,7 @@ class Run:
                          sampler=sampler)[0]
 
     def sample_and_evaluate(self):
-        """Draws grids and evaluates where this is due after this step, unless it is done. A signal stops it."""
+        """Draws grids and evaluates, if due after this step and not done yet. A signal breaks this off."""
         grids = self.due(self.config.sample_every)
         evaluation = self.config.evaluate_every > 0 and self.due(self.config.evaluate_every)
         if grids:
@@ -181,6 +181,7 @@ class Run:
             "net": self.net.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "items": len(self.dataset.data),
             "window": gather_rows(torch.cat(self.window)),
             "skipped": self.skipped,
             "config": saving.plain(vars(self.config)),
@@ -207,11 +208,14 @@ class Run:
         """Resumes the run from a checkpoint."""
         state = saving.load(path)
         saving.check_data(path, state["data"], dataclasses.asdict(self.spec))
+        if (items := state.get("items", len(self.dataset.data))) != len(self.dataset.data):
+            raise UserError(f"{path} was trained on {items} items, and here are {len(self.dataset.data)}: give it the "
+                            "same data, or choose another --run_name")
         saving.restore(self.net, state["net"], path)
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = self.saved_step = state["step"]
         self.skipped = state["skipped"]
-        if rank() == 0:  # old checkpoints have none
+        if rank() == 0:  # which takes the rows of all ranks; old checkpoints have none
             self.window.append(state.get("window", self.window[0]).to(self.device))
         print0(f"resuming {self.folder} from step {self.step}")

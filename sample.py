@@ -160,7 +160,7 @@ def save_trajectory(states: Tensor, spec: DataSpec, path):
 
 def main(arguments):
     options = parse(Options, arguments, description="Draws samples from a checkpoint.")
-    out = os.path.splitext(options.out)[0]
+    out = options.out.removesuffix(".npz")
     if not os.access(os.path.dirname(out) or ".", os.W_OK):
         fail(f"cannot write {out}.npz: expected a file in a folder that is there and can be written")
     with set_up(options.device, timeout=60.0) as device:

@@ -69,7 +69,7 @@ def save(folder, state, keep=2, milestone_every=0):
         os.replace(f"{last}.tmp", last)
     except OSError:  # no hard links on this file system
         write_tensors(last, content)
-    older = [(n, old) for n, old in numbered(folder) if n <= step]  # a later one is damaged, and will be overwritten
+    older = [(n, old) for n, old in numbered(folder) if n <= step]  # a later one is damaged
     for n, old in older[keep:]:
         if milestone_every == 0 or n % milestone_every:
             os.remove(old)
@@ -108,15 +108,15 @@ def check_data(path, there, here):
     for name, value in plain(here).items():
         # equal to rounding
         if np.shape(there[name]) != np.shape(value) or not np.allclose(there[name], value, rtol=1e-5):
-            raise UserError(f"{path} is of other data, {name} {there[name]}, not {value}: give it those, or another "
-                            "--run_name")
+            raise UserError(f"{path} is of other data ({name} {there[name]}, here {value}): give it its own data, or "
+                            "choose another --run_name")
 
 
 # ---- The folder of a run
 
 
 def numbered(folder):
-    """Step and path of every step_N.pt, the newest first. The name only orders them: the step of a run is inside."""
+    """Step and path of every step_N.pt, the newest first. The name only orders them: the file holds the step."""
     found = [(int(path.stem[5:]), str(path)) for path in Path(folder).glob("step_*.pt") if path.stem[5:].isdecimal()]
     return sorted(found, reverse=True)
 
@@ -131,7 +131,7 @@ def load_newest(folder):
         try:
             state = load(path)
         except UserError as error:
-            failure = failure or str(error).rpartition(";")[0]
+            failure = failure or str(error).partition(";")[0]
             continue
         if failure:
             warn(f"{failure}; going back to {path}, of step {state['step']}")
@@ -196,7 +196,7 @@ def open_run(folder, settings, defaults, may_change):
         if changed:
             raise UserError(f"{folder} holds a run with other settings: {', '.join(changed)}; give it those settings "
                             "to resume it, or choose another --run_name (or remove the folder) to start anew")
-    for temporary in Path(folder).glob("*.tmp*"):  # of a save that was killed
+    for temporary in [*Path(folder).glob("*.tmp*"), *Path(folder).glob("samples/*.tmp*")]:  # of a save that was killed
         temporary.unlink()
     write_atomically(f"{folder}/config.json", json.dumps(settings, indent=2))
     return newest

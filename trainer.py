@@ -118,7 +118,7 @@ class DiffusionTrainer(Run):
             number = self.loop(config.num_training_steps)
             if not self.save():
                 raise UserError(f"the checkpoint of step {self.step} cannot be written; make room, and the same "
-                                f"command resumes from that of step {self.saved_step}, or from the start without one")
+                                "command resumes from the last one, or from the start without one")
             on_rank0(self.logger.finish if self.logger else None)
         if number:
             raise Stopped(f"{signal_name(number)} at step {self.step}, with a checkpoint")

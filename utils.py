@@ -151,8 +151,8 @@ def in_batches(work, rows, size):
             raise UserError(f"out of memory for a single item ({failure}): use a smaller network, or another GPU")
         torch.cuda.empty_cache()  # here, outside `except`, the error no longer holds the tensors
         size = len(part) // 2
-        warn(f"out of memory for {len(part)} items at once ({failure}): trying {size}; --sampling_batch_size {size} "
-             "starts with so few")
+        warn(f"out of memory for {len(part)} items at once ({failure}): trying {size}; in drawing, "
+             f"--sampling_batch_size {size} starts with so few")
 
 
 def keep_freed_memory():

@@ -260,6 +260,11 @@ def test_bad_image_folders(folder, tmp_path):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match="no folder of class folders.*set --data_dir"):
             load_dataset("image_folder", str(path))
+    only_train = tmp_path / "data"
+    shutil.copytree(folder, only_train / "train")
+    with pytest.raises(UserError, match="holds one folder, train: .* --data_dir .*/data/train"):
+        load_dataset("image_folder", str(only_train))
+    assert load_dataset("image_folder", str(only_train / "train")).spec.num_classes == 2
     (folder / "dogs" / "text.jpg").write_text("no image")
     with pytest.raises(UserError, match="dogs/text.jpg is not a readable image"):
         load_dataset("image_folder", str(folder))
@@ -268,7 +273,7 @@ def test_bad_image_folders(folder, tmp_path):
     (folder / "dogs" / "text.jpg").write_bytes(whole.getvalue()[:1500])
     with pytest.raises(UserError, match="dogs/text.jpg is not a readable image"):
         load_dataset("image_folder", str(folder))
-    assert not os.listdir(tmp_path / "cache")
+    assert len(os.listdir(tmp_path / "cache")) == 1  # of the good folder
     (folder / "dogs" / "text.jpg").unlink()
     (folder / "dogs" / "text.jpg").symlink_to("nowhere.jpg")
     with pytest.raises(UserError, match="No such file .*dogs/text.jpg.*repair the folder"):

@@ -415,6 +415,7 @@ def test_one_line_errors(runs, tmp_path, capfd):
         (["--ckpt", digits, "--seeds", "0"], "seeds is 0"),
         (["--ckpt", digits, "--num", "9"], "num is 9: expected a number in [10, inf)"),
         (["--ckpt", digits, "--loss_num", "-1"], "loss_num is -1"),
+        (["--ckpt", digits, "--likelihood_num", "1"], "expected 2 or more, or 0"),
         (["--ckpt", digits, "--curve", "0"], "expected numbers of steps"),
         (["--ckpt", digits, "--extractor", "inceptoin"], "invalid choice"),
         (["--ckpt", runs / "points" / "last.pt", "--extractor", "classifier"], "is for images"),

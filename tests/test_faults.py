@@ -275,10 +275,11 @@ def test_a_signal_stops_a_run_with_a_checkpoint(tmp_path, straight, number, rank
     stop_and_resume(tmp_path, straight, number, ranks, target, again)
 
 
-def test_a_signal_breaks_off_sampling(tmp_path, straight):
-    """The grids of step 30 would take minutes. The resumed run draws them."""
-    long = dict(sample_every=30, sampling_steps=100_000)
-    step = stop_and_resume(tmp_path, straight, signal.SIGTERM, 2, checkpoint=30, **long)
+@pytest.mark.parametrize("target, sampling_steps", [(None, 100_000), (1, 500)])
+def test_a_signal_breaks_off_sampling(tmp_path, straight, target, sampling_steps):
+    """The grids of step 30 would take minutes; or one rank alone gets the signal. The resumed run draws them."""
+    long = dict(sample_every=30, sampling_steps=sampling_steps)
+    step = stop_and_resume(tmp_path, straight, signal.SIGTERM, 2, target, checkpoint=30, **long)
     assert step == 30
     assert len(os.listdir(tmp_path / "digits" / "samples")) == 8  # two steps, two weights, two samplers
 
@@ -659,6 +660,10 @@ def test_many_in_a_row_end_the_run(tmp_path, digits, capsys):
     assert "step 1 has" in capsys.readouterr().err
     lines = [json.loads(line) for line in open(tmp_path / "digits" / "metrics.jsonl")]
     assert [line["step"] for line in lines] == list(range(1, 8)) and "loss" not in lines[5] and "loss" in lines[4]
+    less = make(tmp_path, digits, **{**settings, "max_skipped_steps": 1})  # than the checkpoint counts already
+    spoil(less, {6}, "loss")
+    with pytest.raises(UserError, match="2 steps in a row .* up to step 6"):
+        less.train()
 
 
 def train_with_a_bad_rank(arguments):

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import math
 import os
 import resource
 import signal
@@ -124,6 +125,9 @@ def test_scatter_plot(dimensions):
     picture = scatter_plot(points, points)
     assert picture.size == (1000, 500) and len(np.unique(np.asarray(picture))) > 20
     scatter_plot(points[:1], points[:1])  # a single point has no extent
+    for value in (math.nan, math.inf):  # of a network that learned nothing
+        scatter_plot(torch.cat([points, torch.full((1, dimensions), value)]))
+        scatter_plot(torch.full((3, dimensions), value))
     assert scatter_plot(points).size == (500, 500)  # samples alone
 
 

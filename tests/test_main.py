@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import os
 import re
+import subprocess
+import sys
 import urllib.request
 import warnings
 
@@ -15,7 +17,8 @@ from conftest import ROOT, assert_one_line_error, flags, run, tiny
 import command_line
 import distributed
 import main
-from config import PRESETS, Config, names_in
+import sampling
+from config import PRESETS, SAMPLERS, Config, names_in
 
 
 def test_allowed_names_are_those_of_the_dictionaries():
@@ -24,6 +27,7 @@ def test_allowed_names_are_those_of_the_dictionaries():
     for table in tables:
         file, name = table.split(".")
         assert names_in(table) == tuple(getattr(importlib.import_module(file), name))
+    assert SAMPLERS == tuple(sampling.SAMPLERS)
 
 
 def test_presets_and_flags():
@@ -35,6 +39,15 @@ def test_presets_and_flags():
     assert command_line.read_config(["--random_flip", "False"]).random_flip is False
     assert command_line.read_config(["moons", "--dataset", "some/file.npz"]).dataset == "some/file.npz"
     assert "base_lr 0.0003, " in command_line.in_short(config) and "seed" not in command_line.in_short(config)
+
+
+def test_output_that_nobody_reads_on(tmp_path):
+    """As of `main.py | head -1`: it ends without a word."""
+    command = [sys.executable, ROOT / "main.py", "digits", *flags(tiny(tmp_path, num_training_steps=100_000))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 1)
 
 
 def test_help_shows_settings_defaults_comments_and_names():

@@ -1,5 +1,7 @@
 """sample.py: what it writes, that samples do not depend on batches or ranks, trajectories, and its one-line errors."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -256,7 +258,9 @@ def test_the_gif(checkpoints, tmp_path, name, num, kilobytes):
 
 def test_the_script(checkpoints, tmp_path):
     ckpt = checkpoints / "points" / "last.pt"
-    result = run("python", "sample.py", "--ckpt", ckpt, "--num", "3", "--out", tmp_path / "x.npz")
-    assert result.returncode == 0 and "3 samples of ema weights at step" in result.stdout
-    assert str(tmp_path / "x.png") in result.stdout
+    for name in ("x.npz", "x_0.5"):
+        result = run("python", "sample.py", "--ckpt", ckpt, "--num", "3", "--out", tmp_path / name)
+        assert result.returncode == 0 and "3 samples of ema weights at step" in result.stdout
+        stem = tmp_path / name.removesuffix(".npz")
+        assert f"{stem}.npz and {stem}.png" in result.stdout and os.path.exists(f"{stem}.npz")
     assert_one_line_error(run("python", "sample.py", "--ckpt", "README.md"), "README.md cannot be read")

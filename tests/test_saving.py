@@ -66,6 +66,8 @@ def test_missing_truncated_and_foreign(tmp_path):
         torch.save(content, path)
         with pytest.raises(UserError, match="no checkpoint of this project"):
             saving.load(path)
+        with pytest.raises(UserError, match="no checkpoint that can be read: .*no checkpoint of this project"):
+            saving.load_newest(str(tmp_path))
     torch.save({**STATE, "sha256": None}, path)
     with pytest.raises(UserError, match="SHA-256"):
         saving.load(path)
@@ -167,10 +169,13 @@ def test_run_folder(tmp_path):
     assert json.load(open(tmp_path / "run" / "config.json")) == plain
     saving.save(folder, {**STATE, "config": plain})
     (tmp_path / "run" / "config.json").write_text("{")  # the settings are in the checkpoint
-    (tmp_path / "run" / "last.pt.tmp77").write_text("of a save that was killed")
+    (tmp_path / "run" / "samples").mkdir()
+    left = [tmp_path / "run" / name for name in ("last.pt.tmp77", "samples/raw_heun_0000003.png.tmp77")]
+    for path in left:
+        path.write_text("of a save that was killed")
     assert open_run(folder, {**settings, "log_every": 7}) == os.path.join(folder, "last.pt")
     assert json.load(open(tmp_path / "run" / "config.json"))["log_every"] == 7
-    assert not (tmp_path / "run" / "last.pt.tmp77").exists()
+    assert not any(path.exists() for path in left)
     with pytest.raises(UserError, match=r"lr \(0.1 there, 0.2 now\), new \(None there, 1 now\); .*another --run_name"):
         open_run(folder, {**settings, "lr": 0.2, "new": 1})
     assert json.load(open(tmp_path / "run" / "config.json"))["lr"] == 0.1

@@ -215,10 +215,21 @@ def test_resuming_is_bit_equal(tmp_path, digits, stop):
 def test_resuming_with_other_data_is_refused(tmp_path, digits):
     make(tmp_path, digits).train()
     other = make_dataset(digits.data[:, :, :, :4], digits.labels)
-    with pytest.raises(UserError, match=r"other data, shape \[1, 8, 8\], not \[1, 8, 4\]: .*--run_name"):
+    with pytest.raises(UserError, match=r"other data \(shape \[1, 8, 8\], here \[1, 8, 4\]\): .*--run_name"):
         make(tmp_path, other, num_training_steps=5)
-    with pytest.raises(UserError, match="other data, num_classes 10, not 8"):
+    with pytest.raises(UserError, match="trained on 1500 items, and here are 1499: .*--run_name"):
+        make(tmp_path, make_dataset(digits.data[:-1], digits.labels[:-1]), num_training_steps=5)
+    with pytest.raises(UserError, match=r"other data \(num_classes 10, here 8\)"):
         make(tmp_path, make_dataset(digits.data, digits.labels % 8), num_training_steps=5)
+
+
+def test_a_run_beyond_a_smaller_number_of_steps_draws_its_pictures(tmp_path, digits, capsys):
+    trainer = make(tmp_path, digits, num_training_steps=20)
+    trainer.loop(8)
+    trainer.save()
+    make(tmp_path, digits, num_training_steps=5).train()
+    path = capsys.readouterr().out.partition("samples ")[2].split()[0]
+    assert path.endswith("_0000008.png") and os.path.exists(path)
 
 
 def test_the_window_of_metrics_is_resumed(tmp_path, digits):

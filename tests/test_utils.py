@@ -157,7 +157,10 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(monkeypatch, capsys)
     with Progress("decoding", 100, "image") as progress:
         for n, now[0] in ((1, 10.0), (2, 40.0), (3, 50.0)):
             progress.update(n)
-    assert capsys.readouterr().out == "decoding: 3 of 100 images\n"
+    with Progress("heun: 0 of 4 samples", unit="network call") as progress:
+        for n, now[0] in ((1, 60.0), (2, 100.0)):
+            progress.update(n)
+    assert capsys.readouterr().out == "decoding: 3 of 100 images\nheun: 0 of 4 samples: 3 network calls\n"
     monkeypatch.undo()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with Progress("decoding", 100, "image") as progress:
