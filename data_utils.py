@@ -313,9 +313,10 @@ class Batches:
     def indices(self, step) -> np.ndarray:
         """Indices (B,) of the global batch of this step, which may reach into the next epoch, or span several."""
         n, first = len(self.dataset.data), 0 if self.only_first else step * self.batch_size
-        epochs, places = np.divmod(np.arange(first, first + self.batch_size), n)
-        return np.concatenate([epoch_order(n, self.seed, epoch, self.dataset.name)[places[epochs == epoch]]
-                               for epoch in np.unique(epochs)])
+        last = first + self.batch_size
+        return np.concatenate([
+            epoch_order(n, self.seed, epoch, self.dataset.name)[max(first - epoch * n, 0) : last - epoch * n]
+            for epoch in range(first // n, -(-last // n))])
 
     def __call__(self, step, rows=slice(None)) -> tuple[Tensor, Tensor | None]:
         indices, labels = self.indices(step)[rows], self.dataset.labels

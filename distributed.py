@@ -111,9 +111,10 @@ def all_or_none(work):
 
 def agreed_stop():
     """The number of the signal that one of the ranks got, the same on all, or 0. All ranks must call it."""
+    if not dist.is_initialized():
+        return stop_requested()
     number = torch.tensor([stop_requested()])
-    if dist.is_initialized():
-        dist.all_reduce(number, dist.ReduceOp.MAX)  # by gloo, which waits for no GPU
+    dist.all_reduce(number, dist.ReduceOp.MAX)  # by gloo, which waits for no GPU
     return number.item()
 
 

@@ -54,7 +54,8 @@ def call_with_settings(function, settings, **arguments):
     wanted = parameters_of(function)
     if misspelt := arguments.keys() - wanted:
         raise TypeError(f"{function.__name__} has no parameter {', '.join(sorted(misspelt))}")
-    return function(**{name: value for name, value in settings.items() if name in wanted or "**" in wanted} | arguments)
+    names = settings if "**" in wanted else wanted & settings.keys()
+    return function(**{name: settings[name] for name in names} | arguments)
 
 
 def look_up(table, name):
