@@ -33,7 +33,13 @@ def names_in(table):
     with open(f"{HERE}/{file}.py") as source:
         nodes = ast.parse(source.read()).body
     values = {getattr(node.targets[0], "id", None): node.value for node in nodes if isinstance(node, ast.Assign)}
-    return tuple(key.value for key in values[name].keys)
+
+    def keys(value):
+        if isinstance(value, ast.Dict):
+            return [key.value for key in value.keys]
+        return [key for node in ast.walk(value) if isinstance(node, ast.Name) for key in keys(values[node.id])]  # A | B
+
+    return tuple(keys(values[name]))
 
 
 T = TypeVar("T")
@@ -45,7 +51,6 @@ Share = Annotated[T, Within("[0, 1)")]
 # (accumulation_steps). The cosine schedule follows num_training_steps, and data_dir must hold the same data.
 MayChange = Annotated[T, "may change"]
 Sampling = Annotated[T, "may change", "sampling"]  # and an option of sample.py and evaluate.py
-SAMPLERS = names_in("sampling.ODE_SAMPLERS") + names_in("sampling.SDE_SAMPLERS")
 CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 
 
@@ -119,7 +124,7 @@ class Config:
     ema_decay: Share[float] = 0.9999  # Decay of the moving average of the weights; (1 + n) / (10 + n) at the start.
 
     # ---- Sampling: the grids of samples drawn in training, and the defaults of sample.py
-    sampler: Sampling[Literal[SAMPLERS]] = "heun"  # Sampler of the first row of grids.
+    sampler: Sampling[Literal[names_in("sampling.SAMPLERS")]] = "heun"  # Sampler of the first row of grids.
     sde_sampler: MayChange[Literal[names_in("sampling.SDE_SAMPLERS")] | None] = "euler_maruyama"  # The second row.
     sampling_steps: Sampling[Positive[int]] = 50  # Steps from T_max to T_min; heun takes 2 calls in each but the last.
     grid: Sampling[Literal[names_in("sampling.GRIDS")]] = "uniform"  # Times of the steps.

@@ -151,6 +151,8 @@ def set_up(wanted, tf32=True, timeout=10.0, cudnn_benchmark=True):
                 nccl = dist.distributed_c10d._get_default_group()._get_backend(device)
                 nccl._set_default_timeout(datetime.timedelta(minutes=timeout + 1))
         yield device
+    except BrokenPipeError:
+        raise  # `start` ends the program
     except (Exception, Stopped) as error:
         try:
             end(error, timeout)
@@ -195,8 +197,6 @@ LOST = re.compile("gloo|NCCL|Dist.*Error|Connection (closed|reset)|Timed out|tim
 
 def end(error, timeout):
     """Ends the program after `error`, in one line or none; returns if it is no mistake of the user's, but a bug."""
-    if isinstance(error, BrokenPipeError):  # as of `| head`
-        os._exit(1)
     if isinstance(error, Stopped):
         end_stopped(error)
     if isinstance(error, UserError):

@@ -44,8 +44,7 @@ class Field:
     used. Every conversion is affine in the prediction, so the result is the same for every kind. The guide is the
     network without labels (classifier-free guidance: Ho & Salimans 2022, eq. 6, with s = 1 + w). Or it is `guide`, a
     worse network with the same arguments and model_type (autoguidance: Karras et al. 2024, eq. 3). Either guide is
-    called only at times in [guidance_t_min, guidance_t_max] (Kynkaanniemi et al. 2024, section 3), and not at all for s
-    = 1.
+    called only at times in [guidance_t_min, guidance_t_max] (Kynkaanniemi et al. 2024, section 3), and never if s is 1.
 
     Near the noise: where alpha falls to 0 at t = 1, an x0 computed from a prediction of x1 or of the score has the
     network's error divided by alpha. If at t = 1 this error is more than MAX_ERROR_FACTOR times the network's, the

@@ -17,8 +17,7 @@ from conftest import ROOT, assert_one_line_error, flags, run, tiny
 import command_line
 import distributed
 import main
-import sampling
-from config import PRESETS, SAMPLERS, Config, names_in
+from config import PRESETS, Config, names_in
 
 
 def test_allowed_names_are_those_of_the_dictionaries():
@@ -27,7 +26,6 @@ def test_allowed_names_are_those_of_the_dictionaries():
     for table in tables:
         file, name = table.split(".")
         assert names_in(table) == tuple(getattr(importlib.import_module(file), name))
-    assert SAMPLERS == tuple(sampling.SAMPLERS)
 
 
 def test_presets_and_flags():
