@@ -89,7 +89,7 @@ def make_trainer(options, device, folder):
     if options.dataset == "cifar10":  # which would be downloaded
         dataset = make_dataset(np.full((50_000, 3, 32, 32), 127, np.uint8), np.arange(50_000) % 10)
     else:
-        dataset = load_dataset(options.dataset, options.data_dir, options.image_size)
+        dataset = load_dataset(options.dataset, **vars(options))
     trainer = TRAINERS[options.trainer](config, dataset, device)
     trainer.open_run()
     if trainer.logger:
@@ -113,7 +113,7 @@ def bare_network(trainer):
 
     def backward(forward=trainer.forward):
         with autocast(trainer.config, trainer.device):
-            out = forward(x, batch.t, batch.label)
+            out = forward(x, batch.t, batch.label, batch.cond)
         F.mse_loss(out.float(), batch.x0).backward()
 
     def step(exchange=True):
@@ -188,11 +188,11 @@ def measure_sampling(trainer):
     @torch.no_grad()
     def call():
         with autocast(config, trainer.device):
-            net(formatted(config, batch.x1), batch.t, batch.label)
+            net(formatted(config, batch.x1), batch.t, batch.label, batch.cond)
 
     for sampler in SAMPLERS:
         draw = functools.partial(trainer.draw, config, trainer.spec, trainer.process, net, trainer.device,
-                                 num=config.batch_size, labels=batch.label, sampler=sampler)
+                                 num=config.batch_size, labels=batch.label, sampler=sampler, cond=batch.cond)
         try:
             calls, times = draw()[1], time_alternately({"call": repeated(call), "draw": repeated(draw)}, config)
             yield sampler, {"calls": calls, "images_per_s": config.batch_size / times["draw"],

@@ -1,7 +1,7 @@
 """Builds process, time sampler and network from the settings, checks them, and draws samples of a network on all ranks.
 
 Training and sampling share what is here. To add an architecture, write a file such as mlp.py with a class that is
-called as net(xt, t, label), and give it a row in NETWORKS.
+called as net(xt, t, label, cond), and give it a row in NETWORKS.
 """
 
 import math
@@ -18,7 +18,7 @@ from logging_utils import Progress
 from mlp import MLP
 from prediction import Preconditioned, convert, loss_weight, target
 from processes import Process, make_process
-from sampling import SDE_SAMPLERS, Field, draw, make_grid
+from sampling import FROM_A_POINT, SDE_SAMPLERS, Field, draw, make_grid
 from time_samplers import TIME_SAMPLERS, Uniform
 from unet import UNet
 from utils import UserError, call_with_settings, look_up, make_seed, parameters_of
@@ -53,11 +53,14 @@ def check_settings(config: Config):
         if COUPLINGS[config.coupling] and settings[name] in SDE_SAMPLERS:
             raise UserError(f"{name} {settings[name]} needs the score, which coupling {config.coupling} does not give, "
                             f"since its noise is not independent of the data: use --{name} {fix}")
+        if process.at(config.T_max).sigma == 0 and settings[name] not in (None, *FROM_A_POINT):
+            raise UserError(f"{name} {settings[name]} cannot leave a point, which the base of process {config.process} "
+                            f"is at T_max {config.T_max}: use --{name} euler_maruyama, or --T_max 0.9999")
     for low, high in (("guidance_t_min", "guidance_t_max"), ("churn_min", "churn_max")):
         if settings[low] > settings[high]:
             raise UserError(f"{low} {settings[low]} is above {high} {settings[high]}: lower --{low}, or raise --{high}")
     one, model_type, target_type = torch.ones(1, 1), config.model_type, config.target_type
-    field = Field(lambda x, t, label: one, process, model_type)
+    field = Field(lambda x, t, label, cond: one, process, model_type)
     for name, end, fix in (("T_min", config.T_min, "--T_min 1e-4"), ("T_max", config.T_max, "--T_max 0.9999")):
         t = torch.tensor([end])
         c = process.coefs(t, ndim=2)
@@ -98,16 +101,35 @@ def build(config: Config, spec: DataSpec, device) -> tuple[Process, nn.Module]:
     if num_classes and "num_classes" not in parameters_of(network):
         raise UserError(f"class_conditional is set, but network {config.network} takes no num_classes: let it take "
                         "labels, or use --class_conditional False")
+    cond_shape = (spec.cond_shape[0] + 1, *spec.cond_shape[1:]) if spec.cond_shape else ()
+    if cond_shape and "cond_shape" not in parameters_of(network):
+        raise UserError(f"the data have a condition, but network {config.network} takes no cond_shape: let it take "
+                        "conditions, as unet.py does")
+    check_condition(config, spec)
     torch.manual_seed(make_seed(config.seed, "weights"))
     try:
-        net = call_with_settings(network, {**vars(config), "num_classes": num_classes}, data_shape=spec.shape)
+        net = call_with_settings(network, {**vars(config), "num_classes": num_classes, "cond_shape": cond_shape},
+                                 data_shape=spec.shape)
     except ValueError as error:
         raise UserError(str(error)) from error
     process = call_with_settings(make_process, vars(config))
     if config.precondition:
         net = Preconditioned(net, process)
-    image = spec.is_image and config.channels_last
+    image = len(spec.shape) == 3 and config.channels_last
     return process, net.to(device, memory_format=torch.channels_last if image else torch.preserve_format)
+
+
+def check_condition(config: Config, spec: DataSpec):
+    """Raises UserError for settings that need a condition which the data do not have."""
+    shape, needs, C = spec.cond_shape, "use --lag 1, --corruption downsample, or data with conditions", spec.shape[0]
+    if config.cond_dropout and not shape:
+        raise UserError(f"cond_dropout is set, but {config.dataset} has no condition: {needs}")
+    if config.base == "condition" and not (len(shape) == len(spec.shape) and shape[0] >= C):
+        raise UserError(f"base condition needs a condition with the {C} channels of the data, and {config.dataset} has "
+                        f"{f'one of shape {shape}' if shape else 'none'}: {needs}, or --base noise")
+    if shape and COUPLINGS[config.coupling]:
+        raise UserError(f"coupling {config.coupling} ties the noise to the condition, but sampling starts from the "
+                        "same noise for all: use --coupling independent")
 
 
 def uses_bf16(config: Config, device):
@@ -138,12 +160,12 @@ def formatted(config: Config, x: Tensor) -> Tensor:
 
 
 def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device, *, num, labels: Tensor | None,
-             sampler, guide: nn.Module | None = None) -> tuple[Tensor, float]:
+             sampler, guide: nn.Module | None = None, cond: Tensor | None = None) -> tuple[Tensor, float]:
     """Samples 0 to num - 1, of which each rank draws a share, and the mean network calls of one, on every rank's CPU.
 
-    Samples are decoded: uint8 images or float vectors (num, ...). `labels` (num,) are theirs, in the same order. The
-    settings of sampling are those of `config`. `guide` is a network for autoguidance. If one rank fails, all raise
-    UserError when all are done.
+    Samples are decoded: uint8 images, or float fields or vectors (num, ...). `labels` (num,) and conditions `cond`
+    (num, ...), as `Dataset.condition` makes them, are theirs, in the same order. The settings of sampling are those of
+    `config`. `guide` is a network for autoguidance. If one rank fails, all raise UserError when all are done.
     """
     rows = share(num)
     steps = config.sampling_steps * len(rows) / config.sampling_batch_size
@@ -152,18 +174,18 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
     def watched(net):
         forward = torch.compile(net) if compiled else net
 
-        def network(xt, t, label):
+        def network(xt, t, label, cond):
             if number := stop_requested():  # in training, which defers signals
                 raise UserError(f"stopped by {signal_name(number)}")
             progress.update()
             with autocast(config, device):
-                return forward(formatted(config, xt), t, label)
+                return forward(formatted(config, xt), t, label, cond)
 
         return network
 
     batches = call_with_settings(
         draw, {**vars(config), "guide": guide and watched(guide)}, net=watched(net), process=process, device=device,
-        rows=rows, shape=spec.shape, labels=labels, sampler=sampler, batch_size=config.sampling_batch_size)
+        rows=rows, shape=spec.shape, labels=labels, cond=cond, sampler=sampler, batch_size=config.sampling_batch_size)
 
     def own_samples():
         samples, calls = [spec.decode(torch.empty(0, *spec.shape))], []  # of the right type, if this rank has no rows

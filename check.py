@@ -3,14 +3,16 @@
 Every check is a function of a process that returns one number, an error, and CHECKS says how large that may be. The
 tests hold the same numbers to the same bounds. The data are a mixture of three Gaussians in the plane.
 
-`GaussianMixture` is data of which every prediction, density and likelihood is known exactly at any (x, t): if x0 is
-N(m, C), then xt = alpha x0 + sigma x1 is N(alpha m, alpha^2 C + sigma^2 I), and the expectations of x0 and x1 given xt
-are linear in xt. A mixture averages them by the probability of each component given xt. It is called as a network is.
-So conversions, samplers, guidance and likelihood run on it, and can be compared with what is exact.
+`GaussianMixture` (and, with a condition, `PairedMixture`) is data of which every prediction, density and likelihood is
+known exactly at any (x, t): if x0 is N(m, C), then xt = alpha x0 + sigma x1 is N(alpha m, alpha^2 C + sigma^2 I), and
+the expectations of x0 and x1 given xt are linear in xt. A mixture averages them by the probability of each component
+given xt. It is called as a network is. So conversions, samplers, guidance and likelihood run on it, and can be compared
+with what is exact.
 
 To add a check, write such a function and give it a row in CHECKS; for a new sampler add a row to ORDERS or STEPS.
 """
 
+import copy
 import math
 import sys
 
@@ -18,10 +20,9 @@ import torch
 from torch import Tensor
 
 from likelihood import PROBES, flow, log_likelihood
-from prediction import PREDICTIONS, convert
-from processes import PROCESSES, Coefs, Process
-from sampling import DIFFUSIONS, ODE_SAMPLERS, SDE_SAMPLERS, Field, dopri5, make_grid
-from utils import look_up
+from prediction import PREDICTIONS, convert, row, without_mean
+from processes import PROCESSES, Coefs, Process, make_process
+from sampling import DIFFUSIONS, FROM_A_POINT, ODE_SAMPLERS, SDE_SAMPLERS, Field, dopri5, make_grid
 
 T_MIN, T_MAX = 1e-4, 0.9999
 TIMES = torch.linspace(T_MIN, T_MAX, 999, dtype=torch.float64)
@@ -56,17 +57,18 @@ class GaussianMixture:
     def components(self, xt: Tensor, t: Tensor | float, label: Tensor | None = None):
         """The coefficients; xt less the mean, and the variances, in each component's eigenbasis (B, K, D); log weight x
         density (B, K)."""
-        c = self.process.coefs(torch.as_tensor(t, dtype=torch.float64, device=xt.device), 3)
+        t = torch.as_tensor(t, dtype=torch.float64, device=xt.device)
+        c = self.process.coefs(t.clamp(max=self.process.last), 3)
         y = torch.einsum("bkd,kde->bke", xt.double().flatten(1)[:, None] - c.alpha * self.means, self.vectors)
         variance = c.alpha**2 * self.values + c.sigma**2
         log_p = -0.5 * (y**2 / variance + (2 * math.pi * variance).log()).sum(2)
-        log_w = self.log_weights[-1:] if label is None else self.log_weights[label.clamp(max=len(self.weights))]
+        log_w = self.log_weights[-1] if label is None else self.log_weights[label.clamp(max=len(self.weights))]
         return c, y, variance, log_w + log_p
 
-    def __call__(self, xt: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
-        """The prediction at xt (B, ...), in the type of xt."""
+    def __call__(self, xt: Tensor, t: Tensor | float, label: Tensor | None = None, cond=None) -> Tensor:
+        """The prediction at xt (B, ...), in the type of xt. It has no condition."""
         c, y, variance, log_p = self.components(xt, t, label)
-        p, q = look_up(PREDICTIONS, self.kind)(c)
+        p, q = row(self.kind, c)
         # of a component: E[x0 | xt] = mean + alpha values y / variance, and E[x1 | xt] = sigma y / variance
         rotated = (p * c.alpha * self.values + q * c.sigma) * y / variance
         each = p * self.means + torch.einsum("bke,kde->bkd", rotated, self.vectors)
@@ -96,11 +98,57 @@ class GaussianMixture:
         return there.reshape(x.shape).to(x.dtype)
 
 
+class PairedMixture:
+    """(x0, m) from N(means[k], covariances[k]) with probability weights[k], where m is the mean of the base.
+
+    Called as net(xt, t, label, cond), with cond (B, D + 1) of m and ones, it predicts `kind` given m. Without cond, m
+    is unknown, and that of the base is 0. `means` (K, 2 D) are of x0 and then m, `covariances` (K, 2 D, 2 D).
+    """
+
+    def __init__(self, process: Process, kind, means: Tensor, covariances: Tensor, weights: Tensor):
+        self.process, self.kind, D = process, kind, means.shape[1] // 2
+        self.alone = GaussianMixture(process, kind, means[:, :D], covariances[:, :D, :D], weights)
+        self.of_m = GaussianMixture(process, kind, means[:, D:], covariances[:, D:, D:], weights)
+        cross = covariances[:, :D, D:].double()
+        self.gain = cross @ torch.linalg.inv(self.of_m.covariances)
+        self.rest = GaussianMixture(process, kind, means[:, :D], self.alone.covariances - self.gain @ cross.mT, weights)
+
+    def given(self, m: Tensor) -> GaussianMixture:
+        """x0 given each row of m (B, D), as a mixture for a batch of B rows."""
+        found = copy.copy(self.rest)
+        found.means = self.rest.means + torch.einsum("kde,bke->bkd", self.gain, m.double()[:, None] - self.of_m.means)
+        found.log_weights = self.of_m.components(m, 0.0)[3].log_softmax(1)[None]
+        return found
+
+    def __call__(self, xt: Tensor, t: Tensor | float, label=None, cond: Tensor | None = None) -> Tensor:
+        """The prediction at xt (B, D), in the type of xt."""
+        if cond is None:
+            return self.alone(xt, t)
+        m, c = cond[:, :-1], self.process.coefs(torch.as_tensor(t, dtype=torch.float64), 2)
+        return (without_mean(self.given(m)(xt - c.shift * m, t), c, self.kind, -m)).to(xt.dtype)
+
+
+M = torch.tensor([[0.3, -0.4]], dtype=torch.float64)  # the mean of the base, in all checks
+
+
+def pairs(process: Process, kind="velocity") -> PairedMixture:
+    """x0 and m in the plane, correlated, of three Gaussians of weights 0.5, 0.3 and 0.2."""
+    generator = torch.Generator().manual_seed(1)
+    means, root = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (3, 4, 4)))
+    covariances = 0.15 * root @ root.mT + 0.05 * torch.eye(4)
+    return PairedMixture(process, kind, means, covariances, torch.tensor([0.5, 0.3, 0.2]))
+
+
 def mixture(process: Process, kind="velocity") -> GaussianMixture:
-    """Three Gaussians in the plane, of weights 0.5, 0.3 and 0.2."""
-    means = torch.tensor([[1.2, 0.0], [-0.8, 0.9], [-0.6, -1.0]])
-    covariances = torch.tensor([[[0.2, 0.1], [0.1, 0.1]], [[0.05, 0.0], [0.0, 0.2]], [[0.1, -0.05], [-0.05, 0.1]]])
-    return GaussianMixture(process, kind, means, covariances, torch.tensor([0.5, 0.3, 0.2]))
+    """x0 given m = M of these pairs: three Gaussians in the plane."""
+    law = pairs(process, kind).given(M)
+    return GaussianMixture(process, kind, law.means[0], law.covariances, law.log_weights[0, 0].exp())
+
+
+def given(process: Process, kind, n) -> Field:
+    """The exact field of x0 given m = M, for n rows: its network gets xt and the condition."""
+    cond = torch.cat([M, torch.ones(1, 1)], dim=1).expand(n, 3)
+    return Field(pairs(process, kind), process, kind, cond=cond, m=M)
 
 
 def start(data: GaussianMixture, n, high, low) -> tuple[Field, Tensor, float, float]:
@@ -109,7 +157,7 @@ def start(data: GaussianMixture, n, high, low) -> tuple[Field, Tensor, float, fl
     At the two times sigma / alpha is `high` and `low`: processes are compared between the same noise levels.
     """
     high, low = (data.process.time(torch.tensor(-2 * math.log(ratio))).item() for ratio in (high, low))
-    return Field(data, data.process, data.kind), data.sample(n, t=high)[0], high, low
+    return given(data.process, data.kind, n), data.sample(n, t=high)[0], high, low
 
 
 def worst(pairs, floor=None):
@@ -145,16 +193,19 @@ def time_error(process: Process):
 
 
 def conversion_error(process: Process):
-    """Every exact prediction as every other kind, so also there and back, float64, relative.
+    """Every exact prediction given a condition as every other kind, so also there and back, float64, relative.
 
     The exact score is the gradient of the log-density.
     """
     t, data = torch.linspace(0.02, 0.98, 64, dtype=torch.float64), mixture(process)
     x0, _ = data.sample(64)
-    c, xt = process.coefs(t, 2), process.interpolate(x0, torch.randn_like(x0), t).requires_grad_()
-    y = {kind: mixture(process, kind)(xt, t) for kind in PREDICTIONS}
-    exact = y | {"score": torch.autograd.grad(data.log_prob(xt, t).sum(), xt)[0]}
-    return worst((convert(y[kind], xt, c, kind, to), exact[to]) for kind in y for to in y)
+    c, z = process.coefs(t, 2), process.interpolate(x0, torch.randn_like(x0), t).requires_grad_()
+    y = {}
+    for kind in PREDICTIONS:
+        net, _, cond, m = (field := given(process, kind, 64)).net, *field.given
+        y[kind] = without_mean(net(z + c.shift * m, t, None, cond), c, kind, m)
+    exact = y | {"score": torch.autograd.grad(data.log_prob(z, t).sum(), z)[0]}
+    return worst((convert(y[kind], z, c, kind, to), exact[to]) for kind in y for to in y)
 
 
 # ---- Samplers
@@ -176,7 +227,8 @@ def dopri5_error(process: Process):
     """dopri5 with tolerance 1e-8 against the exact flow of one Gaussian, from sigma / alpha = 4 to 0.15, relative."""
     data = mixture(process)
     one = GaussianMixture(process, "velocity", data.means[:1], data.covariances[:1])
-    field, x, high, low = start(one, 64, 4.0, 0.15)
+    _, x, high, low = start(one, 64, 4.0, 0.15)
+    field = Field(one, process, "velocity")
     return worst([(dopri5(field, x, [high, low], rtol=1e-8, atol=1e-8), one.flow(x, high, low))])
 
 
@@ -185,14 +237,19 @@ def sde_error(process: Process, sampler, n=4000):
 
     They take STEPS steps on EDM's grid, from exact states at sigma / alpha = 20 down to 0.02, with the worst of the
     diffusion coefficients if the sampler has one. A weight is the mean probability of a component given the sample.
+    From the base that is a point, samplers that can leave it take equal steps.
     """
-    field, x, high, low = start(mixture(process), n, 20.0, 0.02)
-    ts, means = make_grid(STEPS[sampler], low, high, "edm", process=process, rho=7.0), []
+    data, means = mixture(process), []
+    field, x, high, low = start(data, n, 20.0, 0.02)
+    ts = make_grid(STEPS[sampler], low, high, "edm", process=process, rho=7.0)
+    if process.at(1.0).sigma == 0 and sampler in FROM_A_POINT:
+        ts, x = make_grid(STEPS[sampler], low, 1.0), torch.zeros_like(x)
+        field = given(process, "drift", n)
 
     def statistics(x):
-        return torch.cat([x, x[:, :1] * x, x[:, 1:] ** 2, field.net.components(x, low)[3].softmax(1)], dim=1)
+        return torch.cat([x, x[:, :1] * x, x[:, 1:] ** 2, data.components(x, low)[3].softmax(1)], dim=1)
 
-    exact = statistics(field.net.sample(50_000, t=low)[0])
+    exact = statistics(data.sample(50_000, t=low)[0])
     for field.sde_diffusion in ["delta"] if sampler in ("ancestral", "edm_churn") else DIFFUSIONS:
         means.append(statistics(SDE_SAMPLERS[sampler](field, x, ts)).mean(0))
     return ((torch.stack(means) - exact.mean(0)) / exact.std(0) * n**0.5).abs().max().item()
@@ -204,7 +261,7 @@ def sde_error(process: Process, sampler, n=4000):
 def likelihood_error(process: Process):
     """log p of 64 data against the exact value, in nats: the greatest error with the exact trace, there and back."""
     data = mixture(process)
-    field = Field(data, process, "velocity")
+    field = given(process, "velocity", 64)
     x0, x1 = (data.sample(64, t=t)[0] for t in (T_MIN, T_MAX))
     there = log_likelihood(field, x0, T_MIN, T_MAX, log_prior=lambda x: data.log_prob(x, T_MAX), rtol=1e-6, atol=1e-6)
     back, change = flow(field, x1, T_MAX, T_MIN, rtol=1e-6, atol=1e-6)
@@ -215,7 +272,7 @@ def likelihood_error(process: Process):
 def hutchinson_error(process: Process, probe):
     """The mean of 2,000 estimates of one log p less the exact value, in standard errors of that mean."""
     data = mixture(process)
-    field = Field(data, process, "velocity")
+    field = given(process, "velocity", 2000)
     x0 = data.sample(1, t=T_MIN)[0].expand(2000, 2)
     e = PROBES[probe](noise=lambda: torch.randn_like(x0))
     log_p = log_likelihood(field, x0, T_MIN, T_MAX, e, lambda x: data.log_prob(x, T_MAX))
@@ -240,13 +297,17 @@ CHECKS = {
 }
 
 
+# The processes, one of them with a base around the condition
+COLUMNS = PROCESSES | {"rf, base condition": lambda: make_process("rf", base="condition", base_std=0.5)}
+
+
 def main():
     wrong = []
-    print("| check | right |", " | ".join(PROCESSES), "|")
-    print("| --- " * (2 + len(PROCESSES)) + "|")
+    print("| check | right |", " | ".join(COLUMNS), "|")
+    print("| --- " * (2 + len(COLUMNS)) + "|")
     for name, (check, bound, *arguments) in CHECKS.items():
         print(f"| {name} | < {bound:g}", end=" |")
-        for key, process in PROCESSES.items():
+        for key, process in COLUMNS.items():
             torch.manual_seed(0)
             error = check(process(), *arguments)
             print(f" {error:.2g}", end=" |", flush=True)

@@ -62,19 +62,32 @@ class Config:
     seed: Annotated[int, Within("[0, 4294967296)")] = 0  # Seed of everything random: weights, batches, times, noise.
 
     # ---- Data
-    dataset: Literal[names_in("data_utils.DATASETS")] | str = "cifar10"  # A name, or a FILE.npz or FILE.npy.
+    dataset: Literal[names_in("data_utils.DATASETS")] | str = "cifar10"  # A name, FILE.npz, FILE.npy, or FOLDER.
     data_dir: MayChange[str] = "data"  # Folder of downloaded data; for image_folder the folder of class folders.
     image_size: Positive[int] = 32  # Images of image_folder are resized and centre-cropped to this many pixels a side.
     random_flip: bool = True  # Mirror each training image left to right with probability 1/2.
+    channels: tuple[int, ...] = ()  # Channels to take of the fields in a file or folder, such as 0 3; none: all.
+    num_workers: MayChange[NotNegative[int]] = 2  # Processes of a rank that read items one at a time.
     overfit_one_batch: bool = False  # Train on the batch of step 0 alone: a network that cannot learn it has a bug.
 
-    # ---- Process: xt = alpha(t) x0 + sigma(t) x1, with t = 0 data and t = 1 noise
+    # ---- Condition: what the network sees beside xt. One of these, or what a file holds
+    corruption: Literal[names_in("conditions.CORRUPTIONS")] | None = None  # What this leaves of an item.
+    downsample_factor: Positive[int] = 4  # downsample: pixels in a row that become one.
+    mask_share: Annotated[float, Within("(0, 1]")] = 0.3  # mask_box, mask_pixels: share of the pixels that is hidden.
+    lag: NotNegative[int] = 0  # The frame so many before in the trajectory; 0: none.
+    cond_dropout: Share[float] = 0.0  # Share of conditions that are hidden in training: guidance needs it.
+
+    # ---- Process: xt = alpha(t) x0 + sigma(t) x1 + shift(t) m, with t = 0 data and t = 1 the base, of mean m
     process: Literal[names_in("processes.PROCESSES")] = "rf"  # How data turns into noise.
     beta_min: float = 0.1  # linear_vp, sub_vp: noise rate beta at t = 0.
     beta_max: float = 20.0  # linear_vp, sub_vp: noise rate beta at t = 1.
     sigma_min: float = 0.002  # ve, ve_linear, edm: sigma at t = 0. May be 0 for ve_linear and edm (Song et al.: 0.01).
     sigma_max: float = 80.0  # ve, ve_linear, edm: sigma at t = 1 (Song et al. 2021 take 50 for ve).
     rho: Annotated[float, Within("[0.1, inf)")] = 7.0  # Process and grid edm: (sigma / alpha)^(1 / rho) in equal steps.
+    foellmer_epsilon: Positive[float] = 1.0  # foellmer: size of the noise.
+    foellmer_power: Annotated[float, Within("[1, inf)")] = 2.0  # foellmer: alpha = (1 - t)^power; 1 or 2.
+    base: Literal[names_in("processes.BASES")] = "noise"  # noise: m = 0. condition: m is the condition itself.
+    base_std: Positive[float] = 1.0  # condition: standard deviation of the base around m; foellmer has 0.
     coupling: Literal[names_in("couplings.COUPLINGS")] = "independent"  # Which noise goes with which data.
     T_min: float = 1e-4  # Least time, in training and sampling.
     T_max: float = 0.9999  # Greatest time, in training and sampling.
@@ -99,7 +112,7 @@ class Config:
     trainer: Literal[names_in("trainer.TRAINERS")] = "diffusion"  # Class that makes batches and takes their loss.
 
     # ---- Network
-    network: Literal[names_in("build.NETWORKS")] = "unet"  # Architecture, called as net(xt, t, label).
+    network: Literal[names_in("build.NETWORKS")] = "unet"  # Architecture, called as net(xt, t, label, cond).
     model_channels: Annotated[int, Within("[2, inf)")] = 128  # unet: channels at full resolution.
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # unet: multiples of model_channels, one for each resolution.
     num_res_blocks: Positive[int] = 2  # unet: residual blocks at each resolution.
@@ -143,6 +156,7 @@ class Config:
     guidance_t_min: Sampling[float] = 0.0  # Least time at which guidance acts.
     guidance_t_max: Sampling[float] = 1.0  # Greatest time at which guidance acts.
     num_samples: MayChange[Positive[int]] = 64  # Samples in a grid.
+    samples_per_cond: Sampling[Positive[int]] = 4  # Samples for each condition.
     sampling_batch_size: Sampling[Positive[int]] = 500  # Samples that one rank draws at once.
 
     # ---- Evaluation in training, by the metrics that are cheap: see metrics.py; evaluate.py does more
@@ -182,6 +196,26 @@ PRESETS = {
         channel_mults=(1, 2), attention_resolutions=(), num_res_blocks=1, dropout=0.0, time_sampler="logit_normal",
         num_training_steps=650, base_lr=3e-3, lr_schedule="cosine", warmup_steps=50, ema_decay=0.99, sampling_steps=20,
         num_samples=100, log_every=25, sample_every=325, save_every=325, evaluate_every=650,
+    ),
+    "digits_superres": dict(
+        run_name="digits_superres", dataset="digits", corruption="downsample", random_flip=False, model_channels=24,
+        channel_mults=(1, 2), attention_resolutions=(), num_res_blocks=1, dropout=0.0, time_sampler="logit_normal",
+        num_training_steps=1000, base_lr=3e-3, lr_schedule="cosine", warmup_steps=50, ema_decay=0.99,
+        sampling_steps=20, log_every=50, sample_every=500, save_every=500, evaluate_every=1000,
+    ),
+    "digits_inpaint": dict(
+        run_name="digits_inpaint", dataset="digits", corruption="mask_box", random_flip=False, model_channels=24,
+        channel_mults=(1, 2), attention_resolutions=(), num_res_blocks=1, dropout=0.0, time_sampler="logit_normal",
+        num_training_steps=1000, base_lr=3e-3, lr_schedule="cosine", warmup_steps=50, ema_decay=0.99,
+        sampling_steps=20, log_every=50, sample_every=500, save_every=500, evaluate_every=1000,
+    ),
+    "navier_stokes": dict(
+        run_name="navier_stokes", dataset="navier_stokes", lag=1, process="foellmer", base="condition",
+        model_type="drift", target_type="drift", T_max=1.0, random_flip=False, model_channels=32,
+        channel_mults=(1, 2, 2), attention_resolutions=(), num_res_blocks=1, dropout=0.0, batch_size=32,
+        num_training_steps=3000, base_lr=1e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.999,
+        sampler="euler_maruyama", sde_sampler=None, sde_diffusion="own", evaluation_samples=400,
+        sample_every=1000, save_every=1000, evaluate_every=3000,
     ),
     "mnist": dict(
         run_name="mnist", dataset="mnist", random_flip=False, class_conditional=True, model_channels=64,
@@ -254,10 +288,9 @@ def problems(c: Config, world_size):
             not 0 <= c.sigma_min < c.sigma_max,
         "coupling ot_within_class needs labels: use --class_conditional True, or --coupling ot":
             c.coupling == "ot_within_class" and not c.class_conditional,
-        f"guidance_scale {c.guidance_scale} needs labels: use --class_conditional True, or --guidance_scale 1":
-            c.guidance_scale != 1 and not c.class_conditional,
-        f"guidance_scale {c.guidance_scale} needs an unconditional field: use --label_dropout 0.1, or "
-        "--guidance_scale 1": c.guidance_scale != 1 and c.class_conditional and c.label_dropout == 0,
+        f"guidance_scale {c.guidance_scale} needs a network that was trained without labels or condition too: use "
+        "--class_conditional True --label_dropout 0.1, or --cond_dropout 0.1, or --guidance_scale 1":
+            c.guidance_scale != 1 and not (c.class_conditional and c.label_dropout or c.cond_dropout),
         f"compile_mode {c.compile_mode} keeps gradients in CUDA graphs, where each of {c.accumulation_steps} parts of "
         "a batch overwrites the one before: use --compile_mode default, or --accumulation_steps 1":
             c.accumulation_steps > 1 and c.compile is not False

@@ -1,26 +1,35 @@
 """Data sets, and which of their items each training step takes.
 
-A data set is an array of uint8 images (N, C, H, W) or float32 vectors (N, D), with labels (N,) int64 or None. Its
-`DataSpec` gives the scale: `encode` takes images to [-1, 1], and vectors to mean 0 and standard deviation 1; `decode`
-takes samples back. Arrays stay in memory, except those of an image folder, which stay on disk.
+A data set is an array of uint8 images (N, C, H, W), float32 fields (N, C, H, W) or float32 vectors (N, D), with labels
+(N,) int64 or None, and a condition of each item or None. Its `DataSpec` gives the scale: `encode` takes images to
+[-1, 1], and fields and vectors to mean 0 and standard deviation 1, by channel; `decode` takes samples back. Arrays stay
+in memory, except those of an image folder and of .npy files of fields, which stay on disk.
 
 To add a data set, write a function that returns `make_dataset(data, labels)`, and give it a row in DATASETS. Of
 `data_dir`, `image_size`, `download` and `split` it gets those that it has as parameters (`utils.call_with_settings`).
-Rank 0 calls it first, with download=True. If it takes `split`, there is a test split, which only evaluate.py reads.
+Rank 0 calls it first, with download=True. If it takes `split`, there is a test split, which evaluate.py reads, and
+training for the conditions of its pictures.
 """
 
 import functools
 import hashlib
+import itertools
+import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from conditions import CORRUPTIONS
+from fields import Frames, open_frames, shards, statistics, vorticity
 from logging_utils import Progress
 from utils import (
+    RowNoise,
     UserError,
     call_with_settings,
     first_line,
@@ -31,82 +40,161 @@ from utils import (
     write_atomically,
 )
 
-CACHE = os.path.join(os.path.dirname(__file__), "data", "cache")  # decoded image folders
+CACHE = os.path.join(os.path.dirname(__file__), "data", "cache")  # decoded image folders, simulations, statistics
 SPLITS = ("train", "test")
 CHANNELS = (1, 3, 4)  # that an image can have
 constant = functools.lru_cache(torch.tensor)  # copied to a device once, since each copy makes a GPU wait
 
 
+def scale(x: Tensor, mean, std) -> Tensor:
+    """Mean and standard deviation, of one or of all channels, shaped for x (B, C, ...)."""
+    return constant((tuple(mean), tuple(std)), device=x.device).view(2, -1, *(1,) * (x.ndim - 2))
+
+
 @dataclass
 class DataSpec:
-    """Shape of one item, number of classes (0: no labels), and `mean` and `std`: one number, or one for each of D."""
+    """Shape of an item, number of classes (0: no labels), and `mean` and `std`: one number, or one for each channel.
+
+    The same of the condition, whose shape is () if there is none.
+    """
 
     shape: tuple[int, ...]
     num_classes: int
     mean: list[float]
     std: list[float]
+    is_field: bool = False  # float32 items (C, H, W), not uint8
+    cond_shape: tuple[int, ...] = ()
+    cond_mean: list[float] = field(default_factory=lambda: [0.0])
+    cond_std: list[float] = field(default_factory=lambda: [1.0])
 
     @property
     def is_image(self):
-        return len(self.shape) == 3
-
-    def scale(self, device) -> Tensor:
-        """Mean and standard deviation, (2, 1) or (2, D) float32."""
-        return constant((tuple(self.mean), tuple(self.std)), device=device)
+        return len(self.shape) == 3 and not self.is_field
 
     def encode(self, data: Tensor) -> Tensor:
         """Data (B, ...) as they are stored -> float32 on the network's scale."""
-        mean, std = self.scale(data.device)
+        mean, std = scale(data, self.mean, self.std)
         return (data.float() - mean) / std
 
     def decode(self, x: Tensor) -> Tensor:
-        """Samples (B, ...) on the network's scale -> uint8 images, rounded and clamped, or float32 vectors."""
-        mean, std = self.scale(x.device)
+        """Samples (B, ...) on the network's scale -> uint8 images, rounded and clamped, or float32 items."""
+        mean, std = scale(x, self.mean, self.std)
         data = x.float() * std + mean
         return data.round().clamp(0, 255).to(torch.uint8) if self.is_image else data
+
+    def condition(self, cond: Tensor) -> Tensor:
+        """Conditions (B, ...) as they are stored -> as the network gets them: scaled, with a last channel of ones.
+
+        The trainer hides a condition by zeros in all channels.
+        """
+        mean, std = scale(cond, self.cond_mean, self.cond_std)
+        return with_ones((cond.float() - mean) / std)
+
+
+def with_ones(cond: Tensor) -> Tensor:
+    return torch.cat([cond, torch.ones_like(cond[:, :1])], dim=1)
 
 
 @dataclass
 class Dataset:
-    data: np.ndarray  # (N, C, H, W) uint8 or (N, D) float32
+    data: np.ndarray | Frames  # (N, C, H, W) uint8 or float32, or (N, D) float32
     labels: np.ndarray | None  # (N,) int64
     spec: DataSpec
     name: str = ""  # the random order depends on it, and on the seed
+    cond: np.ndarray | Frames | None = None  # (N, ...)
+    corruption: Callable | None = None  # a function of (x0, uniform) that makes the conditions instead
+
+    def condition(self, x0: Tensor, cond: Tensor | None, uniform) -> Tensor | None:
+        """What the network gets as conditions of encoded items x0, whose stored conditions are `cond`; None if none.
+
+        `uniform(*shape)` gives numbers (B, *shape) in (0, 1) to a corruption.
+        """
+        if self.corruption:
+            return with_ones(self.corruption(x0, uniform))
+        return None if cond is None else self.spec.condition(cond)
+
+    def conditions(self, rows, seed) -> Tensor | None:
+        """The conditions of the items `rows` (an array); random parts are functions of the seed and the place there."""
+        stored = None if self.cond is None else torch.from_numpy(self.cond[rows])
+        x0 = self.spec.encode(torch.from_numpy(self.data[rows])) if self.corruption else None
+        return self.condition(x0, stored, uniform_rows(range(len(rows)), "cpu", seed, "corruption"))
 
 
-def make_dataset(data, labels, source="make_dataset") -> Dataset:
-    """A data set of uint8 images or of vectors (N, D), with labels (N,) from 0, or None.
+def uniform_rows(rows, device, *keys):
+    """A function that returns numbers (B, *shape) in (0, 1) for `rows`, of which each is a function of `keys` and i."""
+    return lambda *shape: torch.special.ndtr(RowNoise(rows, shape, device, *keys)()).clamp(max=1 - 2**-24)
 
-    Images are (N, H, W), (N, H, W, C) or (N, C, H, W), with C 1, 3 or 4. Data and labels may be anything that
-    numpy.asarray takes. Raises UserError, which names `source`, if they are something else.
+
+def as_arrays(data, what, source):
+    """Anything that numpy.asarray takes -> images (N, C, H, W) uint8, fields or vectors float32; mean and std of both.
+
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W), with C 1, 3 or 4. Raises UserError, which names `source`, if
+    they are something else, or not finite.
     """
-    data, num_classes = np.asarray(data), 0
-    mean = std = [127.5]
-    images = data[..., None] if data.ndim == 3 else data
-    if images.ndim == 4 and images.shape[1] not in CHANNELS:
-        images = np.ascontiguousarray(np.moveaxis(images, 3, 1))
-    if images.ndim == 4 and images.shape[1] in CHANNELS and data.dtype == np.uint8 and data.size:
-        data = images
-    elif data.ndim == 2 and data.dtype.kind in "iuf" and data.size:
+    data = data if isinstance(data, Frames) else np.asarray(data)
+    ndim = len(data.shape)
+    if data.dtype == np.uint8 and ndim in (3, 4) and len(data):
+        images = data[..., None] if ndim == 3 else data
+        if images.shape[1] not in CHANNELS and not isinstance(data, Frames):
+            images = np.ascontiguousarray(np.moveaxis(images, 3, 1))
+        if images.shape[1] in CHANNELS:
+            return images, [127.5], [127.5]
+    elif ndim in (2, 4) and data.dtype.kind in "iuf" and 0 not in data.shape:
+        if isinstance(data, Frames):
+            return data, *cached_statistics(data)
         if not (np.abs(data) <= np.finfo(np.float32).max).all():
-            raise UserError(f"{source}: data hold values that are not finite in float32: expected finite numbers; "
+            raise UserError(f"{source}: {what} hold values that are not finite in float32: expected finite numbers; "
                             "remove or scale these rows")
-        data = data.astype(np.float32)
-        mean, std = data.mean(0, dtype=np.float64).tolist(), data.std(0, dtype=np.float64).tolist()
-        std = [value or 1.0 for value in std]
-    else:
-        raise UserError(f"{source}: data are {data.dtype} of shape {data.shape}: expected vectors (N, D), or uint8 "
-                        "images (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1, 3 or 4")
-    if labels is not None:
-        labels = np.asarray(labels)
-        if labels.shape != (len(data),) or labels.dtype.kind not in "iu":
-            raise UserError(f"{source}: labels are {labels.dtype} of shape {labels.shape}: expected whole numbers of "
-                            f"shape ({len(data)},)")
-        if labels.min() < 0 or labels.max() >= max(len(data), 10_000):
-            raise UserError(f"{source}: labels run from {labels.min()} to {labels.max()}: expected the classes' "
-                            "numbers 0, 1, 2, ...")
-        labels, num_classes = labels.astype(np.int64), int(labels.max()) + 1
-    return Dataset(data, labels, DataSpec(data.shape[1:], num_classes, mean, std))
+        data, axes = data.astype(np.float32), (0, 2, 3)[: ndim - 1]
+        mean, std = data.mean(axes, dtype=np.float64).tolist(), data.std(axes, dtype=np.float64).tolist()
+        return data, mean, [value or 1.0 for value in std]
+    raise UserError(f"{source}: {what} are {data.dtype} of shape {data.shape}: expected vectors (N, D), fields "
+                    "(N, C, H, W) of floats, or uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1, 3 or 4")
+
+
+def cached_statistics(frames: Frames):
+    """`fields.statistics`, kept in data/cache if the frames are those of files, until a file changes."""
+    files = [(os.path.abspath(path), os.path.getsize(path), os.path.getmtime(path)) for path in frames.names]
+    if not files:
+        return statistics(frames)
+    key = hashlib.sha256(json.dumps([files, frames.channels, frames.rows.tolist()]).encode()).hexdigest()[:16]
+    path = f"{CACHE}/statistics-{key}.json"
+    if not os.path.exists(path):
+        write_atomically(path, json.dumps(statistics(frames)))
+    with open(path) as file:
+        return json.load(file)
+
+
+def as_labels(labels, n, source):
+    """n labels as int64, or None, and the number of classes. Raises UserError if they are something else."""
+    if labels is None:
+        return None, 0
+    labels = np.asarray(labels)
+    if labels.shape != (n,) or labels.dtype.kind not in "iu":
+        raise UserError(f"{source}: labels are {labels.dtype} of shape {labels.shape}: expected whole numbers of shape "
+                        f"({n},)")
+    if labels.min() < 0 or labels.max() >= max(n, 10_000):
+        raise UserError(f"{source}: labels run from {labels.min()} to {labels.max()}: expected the classes' numbers "
+                        "0, 1, 2, ...")
+    return labels.astype(np.int64), int(labels.max()) + 1
+
+
+def make_dataset(data, labels, source="make_dataset", cond=None) -> Dataset:
+    """A data set of images, fields or vectors, with labels (N,) from 0, or None, and conditions (N, ...), or None.
+
+    Both are what `as_arrays` takes. Conditions with as many channels as the data are of the same quantities, and are
+    scaled as the data are. Raises UserError, which names `source`, if they are something else.
+    """
+    data, mean, std = as_arrays(data, "data", source)
+    labels, num_classes = as_labels(labels, len(data), source)
+    spec = DataSpec(data.shape[1:], num_classes, mean, std, data.dtype != np.uint8 and len(data.shape) == 4)
+    if cond is not None:
+        cond, *own = as_arrays(cond, "conditions", source)
+        if len(cond) != len(data):
+            raise UserError(f"{source}: there are {len(cond)} conditions for {len(data)} items: expected one for each")
+        same = (cond.dtype, len(cond.shape), cond.shape[1]) == (data.dtype, len(data.shape), data.shape[1])
+        spec.cond_shape, (spec.cond_mean, spec.cond_std) = cond.shape[1:], (mean, std) if same else own
+    return Dataset(data, labels, spec, cond=cond)
 
 
 # ---- Data sets that are downloaded
@@ -173,6 +261,18 @@ def checkerboard(split) -> Dataset:
     return make_dataset(corners - 2 + rng.random((20_000, 2)), labels)
 
 
+def navier_stokes(split) -> Dataset:
+    """Vorticity of stirred turbulence, 32 x 32: 150 trajectories of 40 frames for training, 15 for testing.
+
+    See `fields.vorticity`. They are made in a minute, and kept in data/cache.
+    """
+    path = f"{CACHE}/navier_stokes-{split}.npy"
+    if not os.path.exists(path):
+        made = vorticity((150, 15)[SPLITS.index(split)], 40, SPLITS.index(split))
+        write_atomically(path, lambda file: np.save(file, made))
+    return make_dataset(Frames(list(np.load(path))), None)
+
+
 # ---- Your own data
 
 
@@ -232,17 +332,75 @@ def image_folder(data_dir, image_size, split) -> Dataset:
     return make_dataset(data, labels, folder)
 
 
-def from_array_file(path) -> Dataset:
-    """A .npz file of `arr_0` and, for labels, `arr_1`; or a .npy file without labels. See `make_dataset`."""
-    try:
-        arrays = np.load(path, allow_pickle=False)
-        if isinstance(arrays, np.ndarray):
-            arrays = {"arr_0": arrays}
-        data, labels = arrays["arr_0"], arrays.get("arr_1")
-    except Exception as error:  # a damaged file fails in many ways
-        raise UserError(f"cannot read {path} ({first_line(error)}): expected a .npz file of numbers, arr_0 and for "
-                        "labels arr_1, as numpy.savez(path, data, labels) writes it, or a .npy file") from error
-    return make_dataset(data, labels, path)
+def from_files(path, split, channels, lag) -> Dataset:
+    """A .npz file of `arr_0`, for labels `arr_1`, and for conditions `arr_2` or `cond`; or .npy files, without labels.
+
+    These are a file of items, or a folder of files: trajectories (T, C, H, W) each. Conditions are in FILE_cond.npy, or
+    in a folder of this name. The test split is FILE_test.npz, FILE_test.npy, or see `fields.shards`.
+    """
+    root, suffix = (path.rstrip("/"), "") if os.path.isdir(path) else os.path.splitext(path)
+    if split == "test" and suffix:
+        root += "_test"
+        if not os.path.exists(root + suffix):
+            raise UserError(f"there is no test split {root + suffix}: expected a file of the same kind as that for "
+                            "training")
+    path = root + suffix
+    if suffix == ".npz":
+        try:
+            arrays = np.load(path, allow_pickle=False)
+            data, labels, cond = arrays["arr_0"], arrays.get("arr_1"), arrays.get("arr_2", arrays.get("cond"))
+        except Exception as error:  # a damaged file fails in many ways
+            raise UserError(f"cannot read {path} ({first_line(error)}): expected a .npz file of numbers, arr_0 and for "
+                            "labels arr_1, as numpy.savez(path, data, labels) writes it, or a .npy file") from error
+        return make_dataset(Frames([data], [path], channels=channels)[:] if channels else data, labels, path, cond)
+
+    def frames(path, channels=()):
+        opened = open_frames([path] if suffix else shards(path, split), channels)
+        return opened if lag or len(opened.shape) == 4 and opened.dtype != np.uint8 else opened[:]
+
+    other = f"{root}_cond{suffix}"
+    return make_dataset(frames(path, channels), None, path, frames(other) if os.path.exists(other) else None)
+
+
+def from_items(items, labels=None, cond=None) -> Dataset:
+    """A data set of `items[i]`, PIL images or arrays (C, H, W), or tuples that begin with one.
+
+    They are read one at a time, by worker processes. `items` is a torch map-style data set (`__len__`, `__getitem__`),
+    which need not fit in memory; `cond` is one too. Labels (N,) must be known at once. Mean and standard deviation of
+    floats are those of 1,000 items.
+    """
+    items, cond = Items(items), None if cond is None else Items(cond)
+    if cond and len(cond) != len(items):
+        raise UserError(f"from_items: there are {len(cond)} conditions for {len(items)} items: expected one for each")
+    few = np.linspace(0, len(items) - 1, min(len(items), 1000)).astype(int)
+    dataset = make_dataset(items[few], None, "from_items", cond and cond[few])
+    dataset.labels, dataset.spec.num_classes = as_labels(labels, len(items), "from_items")
+    dataset.data, dataset.cond = items, cond
+    return dataset
+
+
+class Items:
+    """A map-style data set as an array: `items[rows]` reads these, one at a time."""
+
+    def __init__(self, source):
+        self.source = source
+        first = self[[0]]
+        self.dtype, self.shape = first.dtype, (len(source), *first.shape[1:])
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, rows):
+        rows = range(len(self))[rows] if isinstance(rows, slice) else rows
+        found = [np.asarray(x[0] if isinstance(x, tuple) else x) for x in (self.source[int(i)] for i in rows)]
+        if len(shapes := {x.shape for x in found}) > 1:
+            raise UserError(f"items have different shapes, {' and '.join(map(str, shapes))}: expected one, so resize "
+                            "them in __getitem__")
+        found = np.stack(found)
+        found = found[:, None] if found.ndim == 3 else found
+        if found.dtype == np.uint8 and found.ndim == 4 and found.shape[1] not in CHANNELS:
+            found = np.moveaxis(found, 3, 1)  # as PIL has them
+        return np.ascontiguousarray(found, np.uint8 if found.dtype == np.uint8 else np.float32)
 
 
 DATASETS = {
@@ -254,32 +412,76 @@ DATASETS = {
     "moons": moons,
     "eight_gaussians": eight_gaussians,
     "checkerboard": checkerboard,
+    "navier_stokes": navier_stokes,
 }
 
 
-def load_dataset(name, data_dir="data", image_size=32, download=False, split="train") -> Dataset:
-    """The split, train or test, of the data set of this name, or of a .npz or .npy file.
+def load_dataset(name, data_dir="data", image_size=32, download=False, split="train", channels=(), lag=0,
+                 corruption=None, **settings) -> Dataset:
+    """The split, train or test, of the data set of this name, of a .npz or .npy file, or of a folder of .npy files.
 
-    The test split of FILE.npz is FILE_test.npz. `image_size` is in pixels, for image_folder. Raises UserError for an
-    unknown name, and for data that are missing or bad.
+    `image_size` is in pixels, for image_folder, and `channels` are those of files to take. The condition of an item is
+    the frame `lag` earlier in its trajectory, if this is not 0, or what the `corruption` of this name leaves of it;
+    `settings` may hold its arguments. Raises UserError for an unknown name, and for data that are missing or bad.
     """
-    if name.endswith((".npz", ".npy")):
-        if split == "test":
-            name = "_test".join(os.path.splitext(name))
-            if not os.path.exists(name):
-                raise UserError(f"there is no test split {name}: expected a file of the same kind as that for training")
-        dataset = from_array_file(name)
+    if name.endswith((".npz", ".npy")) or os.path.isdir(name):
+        dataset = from_files(name, split, channels, lag)
     else:
-        function = look_up(DATASETS | {"a FILE.npz or FILE.npy": None}, name)
+        function = look_up(DATASETS | {"a FILE.npz or FILE.npy, or a FOLDER of .npy files": None}, name)
         if split == "test" and "split" not in parameters_of(function):
             raise UserError(f"{name} has no test split: let its function in data_utils.py take `split`, train or test")
         dataset = call_with_settings(
             function, dict(data_dir=data_dir, image_size=image_size, download=download, split=split))
-    dataset.name = f"{name} {split}"
+        if channels:
+            raise UserError(f"channels {channels}: expected with a FILE or FOLDER of fields, not with {name}")
+    spec, dataset.name = dataset.spec, f"{name} {split}"
+    if dataset.cond is not None and (lag or corruption) or lag and corruption:
+        raise UserError(f"{name}: expected one condition, that of the data, --lag or --corruption, and not two")
+    if lag:
+        if isinstance(dataset.data, Items):
+            raise UserError(f"lag {lag} needs trajectories, and {name} is read item by item: give it pairs")
+        frames = dataset.data if isinstance(dataset.data, Frames) else Frames([dataset.data], [name])
+        dataset.data, dataset.cond = frames.lagged(lag)
+        dataset.labels = None if dataset.labels is None else dataset.labels[dataset.data.rows]
+        spec.cond_shape, spec.cond_mean, spec.cond_std = spec.shape, spec.mean, spec.std
+    if corruption:
+        function = look_up(CORRUPTIONS, corruption)
+        dataset.corruption = lambda x0, uniform: call_with_settings(function, settings | {"uniform": uniform}, x0=x0)
+        if len(spec.shape) != 3:
+            raise UserError(f"corruption {corruption} is for images and fields, not for data of shape {spec.shape}")
+        try:
+            example = dataset.conditions(np.arange(1), 0)
+        except RuntimeError as error:
+            raise UserError(f"corruption {corruption} fails on items of shape {spec.shape} ({first_line(error)}): use "
+                            "another, or a smaller --downsample_factor") from error
+        spec.cond_shape = (example.shape[1] - 1, *example.shape[2:])
+        spec.cond_mean, spec.cond_std = (  # of the data's channels, and of a mask
+            (value * (spec.shape[0] // len(value)) + [of_mask])[: spec.cond_shape[0]]
+            for value, of_mask in ((spec.mean, 0.0), (spec.std, 1.0)))
     return dataset
 
 
-# ---- Labels that are drawn, and items that are trained on
+# ---- Labels and conditions that are drawn for, and items that are trained on
+
+
+class Cases(NamedTuple):
+    """What samples are drawn for: labels (num,) and conditions (num, ...), or None; `truth` (n, ...) are their items.
+
+    With conditions each item has `num / n` samples, one after the other. Without, there are no items.
+    """
+
+    labels: Tensor | None = None
+    cond: Tensor | None = None
+    truth: Tensor | None = None
+
+
+def cases(dataset: Dataset, num, samples_per_cond, seed=0) -> Cases:
+    """Conditions and labels of items that are spread over the data set, for `num` samples, or of one item if more."""
+    rows = np.linspace(0, len(dataset.data) - 1, max(1, num // samples_per_cond)).astype(int)
+    labels = None if dataset.labels is None else torch.from_numpy(dataset.labels[rows])
+    repeated = (None if x is None else x.repeat_interleave(samples_per_cond, 0)
+                for x in (labels, dataset.conditions(rows, seed)))
+    return Cases(*repeated, torch.from_numpy(dataset.data[rows]))
 
 
 def spread_labels(labels: np.ndarray, n) -> Tensor:
@@ -302,13 +504,16 @@ class Batches:
     """The items that each step takes, epoch after epoch, each epoch in an order of its own.
 
     Called with a step it gives the items `rows` (a slice) of the global batch: uint8 or float32 (B, ...), and labels
-    (B,) or None. They depend on nothing but seed, step and the data set's name.
+    (B,) and conditions (B, ...) or None. They depend on nothing but seed, step and the data set's name. `Items` are
+    read by `num_workers` processes, which prefetch those of the next steps.
     """
 
     dataset: Dataset
     batch_size: int
     seed: int
     only_first: bool = False  # every step takes the items of step 0
+    num_workers: int = 0
+    following: tuple = ()  # the step and rows that the workers give next
 
     def indices(self, step) -> np.ndarray:
         """Indices (B,) of the global batch of this step, which may reach into the next epoch, or span several."""
@@ -318,7 +523,19 @@ class Batches:
             epoch_order(n, self.seed, epoch, self.dataset.name)[max(first - epoch * n, 0) : last - epoch * n]
             for epoch in range(first // n, -(-last // n))])
 
-    def __call__(self, step, rows=slice(None)) -> tuple[Tensor, Tensor | None]:
-        indices, labels = self.indices(step)[rows], self.dataset.labels
-        data = torch.from_numpy(self.dataset.data[indices])
-        return data, None if labels is None else torch.from_numpy(labels[indices])
+    def __getitem__(self, indices) -> list[Tensor | None]:
+        """The items, labels and conditions of these indices."""
+        d = self.dataset
+        return [None if x is None else torch.from_numpy(x[indices]) for x in (d.data, d.labels, d.cond)]
+
+    def __call__(self, step, rows=slice(None)) -> list[Tensor | None]:
+        if not isinstance(self.dataset.data, Items):
+            return self[self.indices(step)[rows]]
+        if self.following != (step, rows):
+            order = (self.indices(later)[rows] for later in itertools.count(step))
+            self.loader = iter(torch.utils.data.DataLoader(self, None, sampler=order, num_workers=self.num_workers))
+        self.following = step + 1, rows
+        try:
+            return next(self.loader)
+        except UserError as error:  # of a worker, with its traceback
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")) from None

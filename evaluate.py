@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from command_line import fail, parse, start
+from conditions import CORRUPTIONS
 from config import HERE, NotNegative, Positive, Within
 from couplings import COUPLINGS
-from data_utils import Dataset, load_dataset, spread_labels
-from distributed import all_or_none, gather_rows, on_rank0, print0, rank0_first, set_up, share, world_size
+from data_utils import Cases, Dataset, spread_labels
+from distributed import all_or_none, gather_rows, on_rank0, print0, set_up, share, world_size
 from likelihood import bits_per_dim, log_likelihoods
 from logging_utils import (
     Progress,
@@ -39,15 +40,17 @@ from logging_utils import (
     log_plot,
     log_to_wandb,
     picture_of,
+    picture_of_cases,
     save_picture,
     start_wandb,
 )
-from metrics import EXTRACTORS, LEAST, Evaluator, content, nearest
+from metrics import EXTRACTORS, LEAST, Evaluator, content, nearest, spectrum
+from processes import first_channels
 from sample import Drawing, Loaded
-from sampling import ODE_SAMPLERS, SAMPLERS
+from sampling import FROM_A_POINT, ODE_SAMPLERS, SAMPLERS
 from saving import digest
 from trainer import TRAINERS
-from utils import UserError, look_up, write_atomically
+from utils import UserError, call_with_settings, look_up, parameters_of, write_atomically
 
 BINS = 20  # of t, in the curve of the loss
 SHOWN, NEIGHBOURS = 20, 3  # samples in the picture of neighbours, and neighbours beside each
@@ -62,6 +65,7 @@ class Options(Drawing):
     # Features of images. None: inception for colour images of 32 pixels or more, else classifier.
     extractor: Literal[tuple(EXTRACTORS)] | None = None
     data_dir: str | None = None  # Folder of the data; None: the run's own.
+    regression: str | None = None  # Checkpoint of a run with --trainer regression, to compare forecasts with.
     likelihood_num: NotNegative[int] = 300  # Test items for bits per dimension, 0 for none.
     loss_num: NotNegative[int] = 2000  # Draws for the loss by t, 0 for none.
     neighbours_num: NotNegative[int] = 1000  # Samples whose nearest training images are looked for, 0 for none.
@@ -88,7 +92,13 @@ class Evaluation(Loaded):
                 raise
             print0(f"what needs a test split is left out: {error}")
         train, reference = self.data["train"], self.data[options.reference]
-        self.labels = spread_labels(train.labels, options.num) if config.class_conditional else None
+        self.given = Cases(spread_labels(train.labels, options.num) if config.class_conditional else None)
+        if spec.cond_shape:
+            self.given = self.cases(self.data.get("test", train), options.num)
+            options.num, K = len(self.given.cond), config.samples_per_cond
+            if options.num < LEAST * K:
+                raise UserError(f"{options.num} samples are those of {options.num // K} conditions: expected {LEAST} "
+                                f"or more; use --num {LEAST * K}, or fewer --samples_per_cond")
         if spec.is_image:
             colour = spec.shape[0] >= 3 and min(spec.shape[1:]) >= 32
             options.extractor = options.extractor or ("inception" if colour else "classifier")
@@ -100,6 +110,7 @@ class Evaluation(Loaded):
             "step": self.state["step"], "options": vars(options), "config": vars(config),
             "protocol": {  # what must be the same before two figures are compared
                 "samples": options.num, "labels": config.class_conditional,
+                "samples_per_cond": config.samples_per_cond if spec.cond_shape else None,
                 "reference": {"split": options.reference, "items": len(reference.data),
                               "sha256": on_rank0(lambda: content(reference.data))},
                 "extractors": {type(network).__name__: network.sha256 for network in
@@ -114,21 +125,15 @@ class Evaluation(Loaded):
         self.folder = options.out or os.path.join(os.path.dirname(options.ckpt), name)
         self.pictures = {}
 
-    def read(self, split) -> Dataset:
-        """A split of the run's data. Raises UserError if it is missing, or of another shape."""
-        c, spec = self.config, self.spec
-        data = rank0_first(lambda first: load_dataset(c.dataset, c.data_dir, c.image_size, first, split))
-        if data.spec.shape != spec.shape or c.class_conditional and not 0 < data.spec.num_classes <= spec.num_classes:
-            raise UserError(f"{self.options.ckpt} is of items of shape {spec.shape} and {spec.num_classes} classes, "
-                            f"and the {split} split here of {data.spec.shape} and {data.spec.num_classes}: set "
-                            "--data_dir to that of the run")
-        return data
+    def evaluate(self, samples, given: Cases):
+        """The metrics of samples that were drawn for these labels and conditions."""
+        return self.evaluator(samples, given.labels, given.truth)
 
-    def random_items(self, dataset: Dataset, n) -> tuple[Tensor, Tensor | None]:
-        """n random items, or all if there are fewer, always the same, and their labels, if the network takes them."""
+    def random_items(self, dataset: Dataset, n) -> tuple[Tensor, Cases]:
+        """n random items, or all if there are fewer, always the same, and their labels and conditions."""
         rows = np.random.default_rng(0).permutation(len(dataset.data))[:n]
         labels = torch.from_numpy(dataset.labels[rows]) if self.config.class_conditional else None
-        return torch.from_numpy(dataset.data[rows]), labels
+        return torch.from_numpy(dataset.data[rows]), Cases(labels, dataset.conditions(rows, 0))
 
     def save(self):
         """Writes the card and the pictures. All ranks must call it."""
@@ -167,9 +172,9 @@ def distances(e: Evaluation):
     """The metrics over the seeds, and those of real data, which show what a perfect model would get."""
     sets, options = [], e.options
     for seed in range(options.seed, options.seed + options.seeds):
-        e.samples, e.card["nfe"] = e.draw(options.num, e.labels, seed=seed)
-        sets.append(e.evaluator(e.samples, e.labels))
-    e.pictures["samples"] = picture_of(e.samples[: 100 if e.spec.is_image else 2000], e.data["train"].data[:2000])
+        e.samples, e.card["nfe"] = e.draw(options.num, e.given, seed=seed)
+        sets.append(e.evaluate(e.samples, e.given))
+    e.pictures["samples"] = picture_of(e.samples[: 100 if len(e.spec.shape) == 3 else 2000], e.data["train"].data)
     e.card["real"] = real = real_data(e)
     print0(title(e.card))
     for name in sets[0]:
@@ -194,9 +199,49 @@ def real_data(e: Evaluation):
         dataset, reference = (replace(train, data=train.data[k::2]) for k in (0, 1))
         evaluator = Evaluator(train, reference, e.device, e.options.extractor)
         what = "one half of the training split, against the other"
-    items, labels = e.random_items(dataset, e.options.num)
-    known = labels if dataset is e.data.get("test") else None  # of the training split, the classifier has learned them
+    items, given = e.random_items(dataset, e.options.num)
+    # of the training split, the classifier has learned the labels
+    known = given.labels if dataset is e.data.get("test") else None
     return {"items": len(items), "what": what, "metrics": evaluator(items, known)}
+
+
+# ---- Forecasts
+
+
+def forecasts(e: Evaluation):
+    """With a condition: the metrics of trivial forecasts on the same items, and pictures of samples and of spectra.
+
+    The condition itself, enlarged (with --lag this is persistence), and the mean given the condition, by a network of
+    the same size that was trained for that alone. `consistency` compares samples with their condition.
+    """
+    given, spec, config = e.given, e.spec, e.config
+    if given.cond is None:
+        return
+    found, every = {}, slice(None, None, config.samples_per_cond)
+    one = Cases(*(None if x is None else x[every] for x in given[:2]), given.truth)
+    if given.cond.ndim == len(spec.shape) + 1 and spec.cond_shape[0] >= spec.shape[0]:
+        found["persistence" if config.lag else "condition"] = spec.decode(first_channels(one.cond, spec.shape))
+    if e.options.regression:
+        run = Loaded(replace(e.options, ckpt=e.options.regression, guide=None), e.device)
+        if run.config.trainer != "regression" or run.spec != spec:
+            raise UserError(f"{e.options.regression} is no regression for these data: train one with the settings of "
+                            "this run and --trainer regression")
+        found["regression"] = run.draw(len(one.cond), one)[0]
+    e.card["forecasts"] = {name: e.evaluate(samples, one) for name, samples in found.items()}
+    if len(spec.shape) == 3:
+        e.pictures["cases"] = picture_of_cases(e.samples, given, spec, config.samples_per_cond)
+    corruption = CORRUPTIONS.get(config.corruption)
+    if corruption and "uniform" not in parameters_of(corruption):
+        for name, samples, cond in (("samples", e.samples, given.cond), *((n, x, one.cond) for n, x in found.items())):
+            error = call_with_settings(corruption, vars(config), x0=spec.encode(samples)) - cond[:, :-1]
+            e.card["forecasts"].setdefault(name, {})["consistency"] = error.square().mean().sqrt().item()
+    if spec.is_field:
+        fields = {"truth": given.truth, "samples": e.samples, **found}
+        powers = {name: spectrum(x).numpy() for name, x in fields.items()}
+        e.pictures["spectrum"] = log_plot({name: (range(1, len(power) + 1), power) for name, power in powers.items()},
+                                          xlabel="wavenumber", ylabel="power", xscale="log")
+    for name, values in e.card["forecasts"].items():
+        print0(f"{name:11} {in_words(values)}")
 
 
 # ---- Likelihood
@@ -205,20 +250,20 @@ def real_data(e: Evaluation):
 def likelihood(e: Evaluation):
     """Bits per dimension of test images, or nats of test vectors in the data's own units: mean and standard error."""
     test, spec = e.data.get("test"), e.spec
-    if not test or not e.options.likelihood_num:
+    if not test or not e.options.likelihood_num or e.process.at(e.config.T_max).sigma == 0:  # no density at a point
         return
-    items, labels = e.random_items(test, e.options.likelihood_num)
+    items, given = e.random_items(test, e.options.likelihood_num)
     dims, rows, parts = math.prod(spec.shape), share(len(items)), [torch.empty(0)]
     probe, bin_width = "exact" if dims <= 16 else "rademacher", 1 / spec.std[0] if spec.is_image else 0.0
     settings = vars(e.config) | dict(
-        net=e.net, process=e.process, data=spec.encode(items), rows=rows, device=e.device, probe=probe, labels=labels,
-        bin_width=bin_width, guidance_scale=1.0)
+        net=e.net, process=e.process, data=spec.encode(items), rows=rows, device=e.device, probe=probe,
+        labels=given.labels, cond=given.cond, bin_width=bin_width, guidance_scale=1.0)
     with Progress("likelihood", len(rows), "item") as progress:
         for log_p in log_likelihoods(**settings):
             parts.append(log_p.cpu())
             progress.update(len(log_p))
     log_p = gather_rows(torch.cat(parts)).double()
-    name, values = "nats", np.log(spec.std).sum() - log_p
+    name, values = "nats", np.log(spec.std).mean() * dims - log_p
     if spec.is_image:
         name, values = "bits_per_dim", bits_per_dim(log_p, dims, bin_width)
     found = {name: values.mean().item(), "standard_error": values.std().item() / math.sqrt(len(values))}
@@ -242,7 +287,8 @@ def neighbours(e: Evaluation):
     distances, items = nearest(samples.numpy(), train, NEIGHBOURS, e.device)
     ratio = distances[:, 0] / distances[:, 1].clamp(min=1e-12)
     order = ratio.argsort()[:SHOWN]
-    rows = torch.cat([samples[order][:, None], torch.from_numpy(train[items[order]])], dim=1)
+    nearest_items = torch.from_numpy(train[items[order].flatten().numpy()]).unflatten(0, (len(order), NEIGHBOURS))
+    rows = torch.cat([samples[order][:, None], nearest_items], dim=1)
     e.pictures["neighbours"] = image_grid(rows.flatten(0, 1), 2 * (NEIGHBOURS + 1))
     copies = (ratio < 1 / 3).double().mean().item()
     e.card["neighbours"] = {"items": len(samples), "near_copies": copies}
@@ -296,12 +342,13 @@ def curve(e: Evaluation):
     dopri5 gets the tolerances 0.1, 0.01, ... instead.
     """
     points, lines, metric = [], {}, next(iter(e.card["metrics"]))
-    for name in ODE_SAMPLERS if COUPLINGS[e.config.coupling] else SAMPLERS:
+    point = e.process.at(e.config.T_max).sigma == 0
+    for name in FROM_A_POINT if point else ODE_SAMPLERS if COUPLINGS[e.config.coupling] else SAMPLERS:
         for k, steps in enumerate(sorted(e.options.curve), 1):
             changes = {"rtol": 10.0**-k, "atol": 10.0**-k} if name == "dopri5" else {"sampling_steps": steps}
             try:
-                samples, nfe = e.draw(e.options.num, e.labels, sampler=name, **changes)
-                values = e.evaluator(samples, e.labels)
+                samples, nfe = e.draw(e.options.num, e.given, sampler=name, **changes)
+                values = e.evaluate(samples, e.given)
             except UserError as error:
                 print0(f"{name} with {steps} steps is left out: {error}")
                 continue
@@ -317,7 +364,7 @@ def curve(e: Evaluation):
             lines, e.card["metrics"][metric].get("real"), xlabel="network calls a sample", ylabel=metric, xscale="log")
 
 
-PARTS = [distances, likelihood, neighbours, loss_by_t, curve]
+PARTS = [distances, forecasts, likelihood, neighbours, loss_by_t, curve]
 
 
 # ---- The script

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from processes import Process
+from processes import BASES, Process
 from sampling import Field, solve_adaptively
 from utils import RowNoise, call_with_settings, in_batches, look_up
 
@@ -91,22 +91,24 @@ def bits_per_dim(log_p: Tensor, dims: int, bin_width: float = 1 / 127.5) -> Tens
 
 def log_likelihoods(net, process: Process, data: Tensor, *, rows: range, device, seed: int, T_min: float, T_max: float,
                     probe: str = "rademacher", bin_width: float = 0.0, labels: Tensor | None = None,
-                    batch_size: int = 100, **settings):
+                    cond: Tensor | None = None, base: str = "noise", batch_size: int = 100, **settings):
     """Yields log p, (B,) float32 in nats on `device`, of the items `rows` of `data` (N, ...), in order, in batches.
 
-    `data` are scaled as in training, and `labels` (N,) are their labels. If `bin_width` is not 0, uniform noise of this
-    width dequantizes pixels whose values are `bin_width` apart; `bits_per_dim` converts the result to bits. The probe
-    and the noise of item i are functions of (seed, i): within the tolerances, the result depends neither on
-    `batch_size` nor on the number of ranks. `settings` may hold arguments of `Field`, such as model_type, and of
-    `flow`; others are ignored. Raises UserError for an unknown probe.
+    `data` are scaled as in training, `labels` (N,) are their labels, and `cond` (N, C, ...) their conditions. If
+    `bin_width` is not 0, uniform noise of this width dequantizes pixels whose values are `bin_width` apart;
+    `bits_per_dim` converts the result to bits. The probe and the noise of item i are functions of (seed, i): within the
+    tolerances, the result depends neither on `batch_size` nor on the number of ranks. `settings` may hold arguments of
+    `Field`, such as model_type, and of `flow`; others are ignored. Raises UserError for an unknown probe.
     """
     def log_p(batch: range) -> Tensor:
         noise = RowNoise(batch, data.shape[1:], device, seed, "likelihood")
         x0 = data[batch.start : batch.stop].to(device)
         if bin_width:
             x0 = x0 + bin_width * (torch.special.ndtr(noise()) - 0.5)
-        label = None if labels is None else labels[batch.start : batch.stop].to(device)
-        field = call_with_settings(Field, settings, net=net, process=process, label=label)
+        label, given = (x if x is None else x[batch.start : batch.stop].to(device) for x in (labels, cond))
+        m = look_up(BASES, base)(given, data.shape[1:])
+        field = call_with_settings(Field, settings, net=net, process=process, label=label, cond=given, m=m)
+        x0 = x0 - process.at(T_min).shift * m  # what is not known of xt at T_min
         e = call_with_settings(look_up(PROBES, probe), {"noise": noise})
         return call_with_settings(log_likelihood, settings, field=field, x0=x0, T_min=T_min, T_max=T_max, probe=e)
 

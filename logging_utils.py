@@ -15,10 +15,11 @@ import sys
 from threading import Timer
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from distributed import print0, rank
-from utils import UserError, first_line, import_torchvision, warn, write_atomically
+from utils import UserError, enlarged, first_line, import_torchvision, warn, write_atomically
 
 # ---- Metrics
 
@@ -267,14 +268,42 @@ def scatter_plot(samples, data=None):
     return drawn(figure)
 
 
+def coloured(fields, columns):
+    """The first channel of fields (N, C, H, W) as uint8 images (N, 3, H, W): viridis, with one scale for a row."""
+    from matplotlib import colormaps
+
+    rows = []
+    for row in fields[:, 0].split(columns):
+        low, high = row.min(), row.max()
+        rows.append(colormaps["viridis"](((row - low) / (high - low).clamp(min=1e-12)).numpy(), bytes=True)[..., :3])
+    return torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2)
+
+
 def picture_of(samples, data=None, columns=None):
-    """A picture of samples: uint8 images (N, C, H, W) in `columns`, or vectors (N, D), beside data (M, D) if given.
+    """A picture of samples: uint8 images or fields (N, C, H, W) in `columns`, or vectors (N, D), beside data (M, D).
 
     Without `columns` the grid is a square.
     """
     if samples.ndim == 2:
-        return scatter_plot(samples, data)
-    return image_grid(samples, columns or max(1, round(len(samples) ** 0.5)))
+        return scatter_plot(samples, None if data is None else data[:2000])
+    columns = columns or max(1, round(len(samples) ** 0.5))
+    return image_grid(coloured(samples, columns) if samples.is_floating_point() else samples, columns)
+
+
+def picture_of_cases(samples, cases, spec, samples_per_cond, rows=16):
+    """Samples (N, C, H, W) of `data_utils.Cases`, a row for a condition: it, if it is an image, samples, and the truth.
+
+    Of conditions the channels of the data are shown, or the first one for all of these.
+    """
+    parts = [samples.unflatten(0, (-1, samples_per_cond))]
+    if cases.cond.ndim == 4:
+        channels = [min(k, cases.cond.shape[1] - 2) for k in range(spec.shape[0])]
+        shown = enlarged(cases.cond[::samples_per_cond, channels], spec.shape[1:], "nearest")
+        parts.insert(0, spec.decode(shown)[:, None])
+    if cases.truth is not None:
+        parts.append(cases.truth[:, None])
+    grid = torch.cat([part[:rows] for part in parts], dim=1)
+    return picture_of(grid.flatten(0, 1), columns=grid.shape[1])
 
 
 def log_plot(lines, level=None, **settings):

@@ -19,7 +19,7 @@ def main(arguments: list[str]):
 
         print0(f"{config.run_name} on {world_size()} x {device.type}\n{in_short(config)}")
         check_run(config, device)
-        dataset = rank0_first(lambda first: load_dataset(config.dataset, config.data_dir, config.image_size, first))
+        dataset = rank0_first(lambda first: load_dataset(config.dataset, download=first, **vars(config)))
         TRAINERS[config.trainer](config, dataset, device).train()
 
 

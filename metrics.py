@@ -19,6 +19,7 @@ To add an extractor, write such a class, made from the training split and a devi
 """
 
 import hashlib
+import math
 import os
 import re
 
@@ -76,17 +77,22 @@ def classifier_two_sample(x: Tensor, y: Tensor):
     return float(cross_val_score(trees, points, side, cv=5).mean())
 
 
-def compare_points(samples: Tensor, reference: Dataset):
-    """The metrics of samples (N, D) against a reference, in units of its standard deviations.
+def same_number(samples: Tensor, reference: Dataset):
+    """The first samples and as many random items of the reference, at most POINTS, on the network's scale, float64.
 
-    Of the first samples, and of as many random points of the reference, at most POINTS. Raises UserError if samples are
-    not finite.
+    Raises UserError if samples are not finite.
     """
     n = min(len(samples), len(reference.data), POINTS)
     rows = np.random.default_rng(0).permutation(len(reference.data))[:n]
     x, y = (reference.spec.encode(part).double() for part in (samples[:n], torch.from_numpy(reference.data[rows])))
-    if bad := (~x.isfinite().all(1)).sum().item():
+    if bad := (~x.flatten(1).isfinite().all(1)).sum().item():
         raise UserError(f"{bad} of {n} samples are not finite, and have no distance")
+    return x, y
+
+
+def compare_points(samples: Tensor, reference: Dataset):
+    """The metrics of samples (N, D) against a reference, in units of its standard deviations."""
+    x, y = same_number(samples, reference)
     found = {"sliced_wasserstein": sliced_wasserstein(x, y), "energy_distance": energy_distance(x, y),
              "c2st": classifier_two_sample(x, y)}
     return found
@@ -149,14 +155,73 @@ def statistics_of(extractor, images: np.ndarray, device) -> dict[str, Tensor]:
     return {"mu": mean, "sigma": sigma, "features": torch.cat(kept)}
 
 
+# ---- Fields, and samples with a condition
+
+
+def spectrum(fields: Tensor) -> Tensor:
+    """Radially averaged power (K,) of the first channel of fields (N, C, H, W), float64, at wavenumbers 1 to K.
+
+    K is half the shorter side. Wavenumbers count waves in the whole field, each mean over modes within 1/2 of them.
+    """
+    H, W = fields.shape[2:]
+    power = torch.fft.fft2(fields[:, 0].double()).abs().square().mean(0) / (H * W) ** 2
+    radius = torch.hypot(*torch.meshgrid(*(torch.fft.fftfreq(n, 1 / n).double() for n in (H, W)), indexing="ij"))
+    return torch.stack([power[(radius - k).abs() <= 0.5].mean() for k in range(1, min(H, W) // 2 + 1)])
+
+
+def spectral_distance(samples: Tensor, truth: Tensor):
+    """Root mean square difference of the logarithms of two spectra, of fields (N, C, H, W) and (M, C, H, W), in dB."""
+    return 10 * (spectrum(samples) / spectrum(truth)).log10().square().mean().sqrt().item()
+
+
+def compare_fields(samples: Tensor, reference: Dataset):
+    """The metrics of fields (N, C, H, W) against a reference, in units of its standard deviations."""
+    x, y = same_number(samples, reference)
+    found = {"spectral_distance": spectral_distance(x, y),
+             "sliced_wasserstein": sliced_wasserstein(x.flatten(1), y.flatten(1))}
+    return found
+
+
+def compare_ensembles(samples: Tensor, truth: Tensor, spec):
+    """How well samples (n * K, ...), K for each condition, forecast the truth (n, ...), on the network's scale.
+
+    - rmse: of the mean of the K samples.
+    - crps: mean over all numbers of E|X - y| - E|X - X'| / 2, with the fair estimator of the second term (Gneiting &
+      Raftery 2007, "Strictly Proper Scoring Rules", eq. 21; Ferro 2014). Of one sample it is the absolute error.
+    - spread_over_error: square root of (K + 1) / K times the mean variance of the K samples, over rmse. It is 1 if
+      truth and samples are exchangeable (Fortin et al. 2014).
+    - outside: share of the truth that lies below or above all K samples; 2 / (K + 1) if they are exchangeable.
+    - psnr, of images: of single samples, in decibels. spectral_distance, of fields: to the truth.
+    """
+    y = spec.encode(truth).double()
+    x = spec.encode(samples).double().unflatten(0, (len(truth), -1))  # (n, K, ...)
+    K, ranked = x.shape[1], x.sort(dim=1).values
+    # sum over all pairs of |x_i - x_j| = 2 sum_i (2 i - K - 1) x_(i)
+    weights = (2 * torch.arange(1, K + 1) - K - 1).double().view(-1, *[1] * (y.ndim - 1))
+    pairs = (weights * ranked).sum(1) * 2 / max(K * (K - 1), 1)
+    found = {"rmse": (x.mean(1) - y).square().mean().sqrt().item(),
+             "crps": ((x - y[:, None]).abs().mean(1) - pairs / 2).mean().item()}
+    if K > 1:
+        spread = (x.var(1).mean() * (K + 1) / K).sqrt().item()
+        found["spread_over_error"] = spread / found["rmse"]
+        found["outside"] = ((y < ranked[:, 0]) | (y > ranked[:, -1])).double().mean().item()
+    if spec.is_image:
+        error = (x - y[:, None]).square().mean().clamp(min=1e-12)
+        found["psnr"] = 10 * math.log10((255 / spec.std[0]) ** 2 / error)
+    if spec.is_field:
+        found["spectral_distance"] = spectral_distance(samples, truth)
+    return found
+
+
 # ---- What is kept in data/cache
 
 
 def content(data: np.ndarray):
     """The SHA-256 of an array's type, shape and values, as hexadecimal digits."""
     hashed = hashlib.sha256(f"{data.dtype} {data.shape}".encode())
-    for start in range(0, len(data), 4096):
-        hashed.update(np.ascontiguousarray(data[start : start + 4096]))
+    rows = max(1, 2**24 // math.prod(data.shape[1:]))
+    for start in range(0, len(data), rows):
+        hashed.update(np.ascontiguousarray(data[start : start + rows]))
     return hashed.hexdigest()
 
 
@@ -324,6 +389,7 @@ class Evaluator:
 
     def __init__(self, train: Dataset, reference: Dataset, device, extractor="classifier", suffix=""):
         self.reference, self.items, self.device, self.suffix = reference, len(reference.data), device, suffix
+        self.spec = train.spec
         self.extractor = self.classifier = None
         if train.spec.is_image:
             self.extractor = EXTRACTORS[extractor](train, device)
@@ -334,12 +400,15 @@ class Evaluator:
             self.reference = cached("reference", [reference.data], self.extractor.sha256,
                                     lambda: statistics_of(self.extractor, reference.data, device))
 
-    def __call__(self, samples: Tensor, labels: Tensor | None = None):
-        """The metrics of decoded samples (N, ...), on every rank; `labels` (N,) are those that they were drawn for."""
+    def __call__(self, samples: Tensor, labels: Tensor | None = None, truth: Tensor | None = None):
+        """The metrics of decoded samples (N, ...), on every rank; `labels` (N,) are those that they were drawn for.
+
+        `truth` (n, ...) are the items of whose conditions each has N / n samples, one after the other.
+        """
         if min(len(samples), self.items) < LEAST:
             raise UserError(f"{len(samples)} samples cannot be compared with {self.items} items: expected {LEAST} or "
                             "more of both")
-        prefix, compare, features = "", compare_points, samples
+        prefix, compare, features = "", compare_fields if self.spec.is_field else compare_points, samples
         if self.extractor:
             prefix, compare = self.extractor.prefix, compare_features
             features = features_of(self.extractor, samples.numpy(), self.device)
@@ -350,4 +419,4 @@ class Evaluator:
                 features = features_of(self.classifier, samples.numpy(), self.device)
             logits = self.classifier.head(features.to(self.device)).cpu()
             found["recognised"] = (logits.argmax(1) == labels).double().mean().item()
-        return found
+        return found if truth is None else found | compare_ensembles(samples, truth, self.spec)

@@ -1,8 +1,8 @@
-"""A residual MLP for vectors: `net(xt, t, label)` maps xt (B, D) to an output of the same shape.
+"""A residual MLP for vectors: `net(xt, t, label, cond)` maps xt (B, D) to an output of the same shape.
 
-t is (B,), and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. The first layer is
-a sum: of a linear layer of xt, a linear layer of sines and cosines of t at geometric frequencies, and a learned vector
-of the label.
+t is (B,), and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. cond is (B, C),
+with 1 in its last column; zeros mean "no condition", as None does. The first layer is a sum: of a linear layer of xt
+and cond, a linear layer of sines and cosines of t at geometric frequencies, and a learned vector of the label.
 
 To use another network, write a class with the same call, and give it a row in NETWORKS of build.py.
 """
@@ -14,19 +14,20 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """The MLP. `data_shape` is (D,). A network with `num_classes` 0 ignores labels.
+    """The MLP. `data_shape` is (D,), and `cond_shape` (C,). With `num_classes` 0 it ignores labels.
 
-    Raises ValueError for data that are no vectors.
+    Raises ValueError for data and conditions that are no vectors.
     """
 
     def __init__(self, data_shape: tuple[int], num_classes: int = 0, hidden_dim: int = 256, num_layers: int = 4,
-                 dropout: float = 0.0):
+                 dropout: float = 0.0, cond_shape: tuple[int, ...] = ()):
         super().__init__()
-        if len(data_shape) != 1:
-            raise ValueError(f"mlp takes vectors, not data of shape {tuple(data_shape)}: use --network unet")
+        for shape in data_shape, cond_shape or (1,):
+            if len(shape) != 1:
+                raise ValueError(f"mlp takes vectors, not data of shape {tuple(shape)}: use --network unet")
         self.num_classes = num_classes
         self.register_buffer("frequencies", math.pi * torch.logspace(-1, 6, 32, base=2.0), persistent=False)
-        self.data = nn.Linear(data_shape[0], hidden_dim)
+        self.data = nn.Linear(data_shape[0] + sum(cond_shape), hidden_dim)
         self.time = nn.Linear(2 * len(self.frequencies), hidden_dim)
         self.label = nn.Embedding(num_classes + 1, hidden_dim) if num_classes else None  # the last row: no label
         self.layers = nn.ModuleList(
@@ -38,8 +39,10 @@ class MLP(nn.Module):
         nn.init.zeros_(self.out[-1].weight)
         nn.init.zeros_(self.out[-1].bias)
 
-    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         angles = t[:, None] * self.frequencies  # (B, 32)
+        if missing := self.data.in_features - xt.shape[1]:
+            xt = torch.cat([xt, xt.new_zeros(len(xt), missing) if cond is None else cond], dim=1)
         h = self.data(xt) + self.time(torch.cat([angles.cos(), angles.sin()], dim=1))  # (B, hidden_dim)
         if self.label is not None:
             label = torch.full(t.shape, self.num_classes, device=t.device) if label is None else label

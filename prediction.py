@@ -1,12 +1,15 @@
 """What a network can predict, how one kind of prediction is converted to another, and how the loss weighs each time.
 
-Every kind is a row (p, q) of PREDICTIONS: its target is y = p x0 + q x1. Together with xt = alpha x0 + sigma x1, this
+Every kind is a row (p, q) of PREDICTIONS: its target is y = p x0 + q x1. Together with z = alpha x0 + sigma x1, this
 is a 2 x 2 linear system. Its solution is
 
-    x0 = (q xt - sigma y) / D,    x1 = (alpha y - p xt) / D,    D = alpha q - sigma p,
+    x0 = (q z - sigma y) / D,    x1 = (alpha y - p z) / D,    D = alpha q - sigma p,
 
 so one formula converts any kind to any other, and training targets and conversions share one table. The system is
-linear, so it also holds for the expectations given xt, which are what a trained network outputs.
+linear, so it also holds for the expectations given z, which are what a trained network outputs.
+
+The network gets xt = z + shift m. A row (p, q, r) says that it outputs p x0 + q x1 + r m. As m, the mean of the base,
+is known, `without_mean` takes r m from the output, and everything else is about z.
 
 To add a kind, add a row to PREDICTIONS; to add a weighting, one to LOSS_WEIGHTINGS. (v: Salimans & Ho 2022,
 "Progressive Distillation", appendix D. score: Song et al. 2021, eq. 7 with the Gaussian transition. edm: F in
@@ -23,10 +26,22 @@ PREDICTIONS = {
     "x0": lambda c: (torch.ones_like(c.alpha), torch.zeros_like(c.alpha)),
     "x1": lambda c: (torch.zeros_like(c.alpha), torch.ones_like(c.alpha)),
     "score": lambda c: (torch.zeros_like(c.alpha), -1 / c.sigma),
-    "velocity": lambda c: (c.alpha_dot, c.sigma_dot),
+    "velocity": lambda c: (c.alpha_dot, c.sigma_dot, c.shift_dot),
+    "drift": lambda c: (c.alpha_dot, c.drift, c.shift_dot),  # velocity - own_eps score
     "v": lambda c: (-c.sigma, c.alpha),
     "edm": lambda c: (c.sigma / c.sigma_data / c.variance.sqrt(), -c.alpha * c.sigma_data / c.variance.sqrt()),
 }
+
+
+def row(kind: str, c: Coefs) -> tuple[Tensor, Tensor]:
+    """p and q of this kind at the coefficients `c`. Raises UserError for an unknown kind."""
+    return look_up(PREDICTIONS, kind)(c)[:2]
+
+
+def without_mean(y: Tensor, c: Coefs, kind: str, m: Tensor | float) -> Tensor:
+    """A network's output `y` of this kind, less its known part r m, for the mean of the base m (B, ...) or 0."""
+    known = look_up(PREDICTIONS, kind)(c)[2:]
+    return y - known[0] * m if known else y
 
 
 def target(kind: str, c: Coefs, x0: Tensor, x1: Tensor) -> Tensor:
@@ -34,21 +49,21 @@ def target(kind: str, c: Coefs, x0: Tensor, x1: Tensor) -> Tensor:
 
     Raises UserError for an unknown kind.
     """
-    p, q = look_up(PREDICTIONS, kind)(c)
+    p, q = row(kind, c)
     return p * x0 + q * x1
 
 
-def convert(y: Tensor, xt: Tensor, c: Coefs, kind: str, to: str) -> Tensor:
-    """Converts a prediction `y` of one kind at `xt`, both (B, ...), to the kind `to`. Equal kinds return `y` itself.
+def convert(y: Tensor, z: Tensor, c: Coefs, kind: str, to: str) -> Tensor:
+    """Converts a prediction `y` of one kind at `z`, both (B, ...), to the kind `to`. Equal kinds return `y` itself.
 
     Raises UserError for an unknown kind. The result is not finite where D = 0: `y` then does not determine `to`, as the
     kind x0 does not determine x1 at sigma = 0. `build.check_settings` refuses settings for which this happens.
     """
     if kind == to:
         return y
-    (p, q), (p_to, q_to) = look_up(PREDICTIONS, kind)(c), look_up(PREDICTIONS, to)(c)
-    xt_factor, y_factor = p_to * q - q_to * p, c.alpha * q_to - c.sigma * p_to
-    return (xt_factor * xt + y_factor * y) / (c.alpha * q - c.sigma * p)
+    (p, q), (p_to, q_to) = row(kind, c), row(to, c)
+    z_factor, y_factor = p_to * q - q_to * p, c.alpha * q_to - c.sigma * p_to
+    return (z_factor * z + y_factor * y) / (c.alpha * q - c.sigma * p)
 
 
 def error_factor(c: Coefs, kind: str) -> Tensor:
@@ -57,7 +72,7 @@ def error_factor(c: Coefs, kind: str) -> Tensor:
     If the prediction has the relative error e, the x0 computed from it has an error of e sigma times this factor, and
     the x1 one of e alpha times this factor.
     """
-    p, q = look_up(PREDICTIONS, kind)(c)
+    p, q = row(kind, c)
     return (p.abs() + q.abs()) / (c.alpha * q - c.sigma * p).abs()
 
 
@@ -65,16 +80,16 @@ class Preconditioned(nn.Module):
     """Calls the network with its input scaled to unit variance, c_in xt, and c_noise = log(sigma / alpha) / 4 for t.
 
     (Karras et al. 2022, table 1 and eq. 7, for any alpha and sigma.) This and the prediction `edm`, whose row holds
-    c_skip and c_out, are EDM's whole preconditioning. Its arguments are those of the network: (xt, t, label).
+    c_skip and c_out, are EDM's whole preconditioning. Its arguments are those of the network.
     """
 
     def __init__(self, net: nn.Module, process: Process):
         super().__init__()
         self.net, self.process = net, process
 
-    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         c = self.process.coefs(t)
-        return self.net(append_dims(c.variance.rsqrt(), xt.ndim) * xt, -c.log_snr / 8, label)
+        return self.net(append_dims(c.variance.rsqrt(), xt.ndim) * xt, -c.log_snr / 8, label, cond)
 
 
 def likelihood_weight(c: Coefs, x0_error_factor) -> Tensor:
@@ -114,7 +129,7 @@ def loss_weight(c: Coefs, loss_weighting: str, target_type: str, **settings) -> 
     """
 
     def x0_error_factor():
-        p, q = look_up(PREDICTIONS, target_type)(c)
+        p, q = row(target_type, c)
         return (c.sigma / (c.alpha * q - c.sigma * p)) ** 2
 
     return call_with_settings(look_up(LOSS_WEIGHTINGS, loss_weighting),

@@ -1,9 +1,13 @@
-"""Processes turn data into noise: xt = alpha(t) x0 + sigma(t) x1, with t from 0 (data) to 1 (noise).
+"""Processes turn data into a base: xt = alpha(t) x0 + sigma(t) x1 + shift(t) m, with t from 0 (data) to 1 (the base).
 
-x0 is a data point, and x1 ~ N(0, I). A process is two functions, alpha and sigma: each takes t of any shape and returns
-the same shape. Their derivatives in t come from automatic differentiation, unless the class has formulas for them.
-`Coefs` derives everything else. The linear SDE dx = f x dt + g dW has the marginals of xt when f = alpha_dot / alpha
-and g^2 = 2 delta, with delta = sigma sigma_dot - f sigma^2 (Lu et al. 2022, "DPM-Solver", section 2.1).
+x0 is a data point, x1 ~ N(0, I), and m the mean of the base, a known function of the condition. A process is two or
+three functions of t, each in the shape of t: alpha, sigma and, if it is not 0, shift. Their derivatives in t come from
+automatic differentiation, unless the class has formulas for them. `Coefs` derives everything else. The linear SDE
+dz = f z dt + g dW has the marginals of z = xt - shift m when f = alpha_dot / alpha and g^2 = 2 delta, with
+delta = sigma sigma_dot - f sigma^2 (Lu et al. 2022, "DPM-Solver", section 2.1). What holds without m holds for z.
+
+The bases: `noise`, N(0, I), m = 0; and `condition`, N(m, base_std^2 I), where m is the condition itself (Albergo et al.
+2023, "Stochastic Interpolants with Data-Dependent Couplings"). With the process `foellmer` it is the point m.
 
 To add a process, write a class with two formulas and give it a row in PROCESSES. An argument of its `__init__` that has
 the name of a setting of config.py gets that setting.
@@ -15,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils import UserError, append_dims, call_with_settings, invert, look_up
+from utils import UserError, append_dims, call_with_settings, enlarged, invert, look_up
 
 
 class Coefs(NamedTuple):
-    """alpha, sigma and their derivatives at some times, and what follows from them.
+    """alpha, sigma, shift and their derivatives at some times, and what follows from them.
 
     `sigma_data` is the standard deviation of the data.
     """
@@ -30,6 +34,9 @@ class Coefs(NamedTuple):
     sigma_dot: Tensor
     half_g2: Tensor | None = None  # delta, where the process has a better formula for it than the general one
     sigma_data: float = 0.5
+    shift: Tensor | float = 0.0
+    shift_dot: Tensor | float = 0.0
+    x1_drift: Tensor | None = None  # coefficient of x1 in `drift`, where the process has a better formula for it
 
     @property
     def f(self) -> Tensor:
@@ -47,6 +54,16 @@ class Coefs(NamedTuple):
         return (2 * self.delta).sqrt()
 
     @property
+    def drift(self) -> Tensor:
+        """Coefficient of x1 in the drift velocity - own_eps score of the process's own reverse SDE."""
+        return self.x1_drift if self.x1_drift is not None else self.sigma_dot + self.delta / self.sigma
+
+    @property
+    def own_eps(self) -> Tensor:
+        """Half the squared noise of the process's own reverse SDE: delta, unless it has an `x1_drift`."""
+        return self.delta if self.x1_drift is None else self.sigma * (self.x1_drift - self.sigma_dot)
+
+    @property
     def log_snr(self) -> Tensor:
         """log(alpha^2 / sigma^2); its derivative in t is -2 delta / sigma^2."""
         return 2 * (self.alpha.log() - self.sigma.log())
@@ -58,14 +75,17 @@ class Coefs(NamedTuple):
 
 
 class Process:
-    """Base class: a subclass defines alpha and sigma.
+    """Base class: a subclass defines alpha and sigma, and may define shift.
 
-    It may also define alpha_dot, sigma_dot and `inverse`, to have them exact to the last digit, or faster. A class that
+    It may also define their derivatives and `inverse`, to have them exact to the last digit, or faster. A class that
     changes the alpha or sigma of another process must redefine these and `half_g2` as well: else it inherits them.
     """
 
     sigma_data = 0.5  # standard deviation of the data, for EDM's preconditioning and weighting; `make_process` sets it
     half_g2 = None  # or a method of t that returns delta, for a process whose general formula gives 0 times infinity
+    x1_drift = None  # or a method of t that returns the coefficient of x1 in the drift of the process's own SDE
+    shift = None  # or a method of t
+    last = math.inf  # latest time at which predictions can be converted
 
     def alpha(self, t: Tensor) -> Tensor:
         raise NotImplementedError
@@ -79,10 +99,15 @@ class Process:
     def sigma_dot(self, t: Tensor) -> Tensor:
         return torch.func.jvp(self.sigma, (t,), (torch.ones_like(t),))[1]
 
+    def shift_dot(self, t: Tensor) -> Tensor:
+        return torch.func.jvp(self.shift, (t,), (torch.ones_like(t),))[1]
+
     def coefs(self, t: Tensor, ndim: int = 1) -> Coefs:
         """The coefficients at t (B,), shaped to multiply a batch of `ndim` dimensions."""
-        functions = self.alpha, self.sigma, self.alpha_dot, self.sigma_dot, self.half_g2
-        return Coefs(*(function and append_dims(function(t), ndim) for function in functions), self.sigma_data)
+        names = ["alpha", "sigma", "alpha_dot", "sigma_dot", "half_g2", "x1_drift"]
+        names += ["shift", "shift_dot"] if self.shift else []
+        found = {name: append_dims(getattr(self, name)(t), ndim) for name in names if getattr(self, name)}
+        return Coefs(sigma_data=self.sigma_data, **found)
 
     def at(self, time: float) -> Coefs:
         """The coefficients at one time: float64 scalars on the CPU. They multiply tensors of any type and device."""
@@ -106,10 +131,10 @@ class Process:
         """
         return invert(self.log_snr, log_snr, 0.0, 1.0)
 
-    def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """xt = alpha x0 + sigma x1, for x0 and x1 (B, ...) and t (B,)."""
+    def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor, m: Tensor | float = 0.0) -> Tensor:
+        """xt = alpha x0 + sigma x1 + shift m, for x0, x1 and m (B, ...) and t (B,)."""
         c = self.coefs(t, x0.ndim)
-        return c.alpha * x0 + c.sigma * x1
+        return c.alpha * x0 + c.sigma * x1 + c.shift * m
 
 
 class FromFunctions(Process):
@@ -293,17 +318,93 @@ class LinearVE(EDM):
         super().__init__(sigma_min, sigma_max, rho=1.0)
 
 
+class Foellmer(Process):
+    """alpha = (1 - t)^p, shift = t, sigma = epsilon t sqrt(1 - t): from the point m, as a forecast from the last state.
+
+    (Chen et al. 2024, "Probabilistic Forecasting with Stochastic Interpolants and Foellmer Processes", with our 1 - t
+    for their time; p is 2 there, or 1.) Only an SDE can leave a point. The paper's has eps = epsilon^2 t^2 / 2, and a
+    drift without singularity. `delta` is that of the Foellmer process, with singular coefficients at t = 1.
+    """
+
+    last = 1 - 1e-12  # at the point, the 2 x 2 system is 0 = 0; its solution has a limit
+
+    def __init__(self, foellmer_epsilon: float = 1.0, foellmer_power: float = 2.0):
+        self.epsilon, self.power = foellmer_epsilon, foellmer_power
+
+    def alpha(self, t):
+        return (1 - t) ** self.power
+
+    def alpha_dot(self, t):
+        return -self.power * (1 - t) ** (self.power - 1)
+
+    def sigma(self, t):
+        return self.epsilon * t * (1 - t).sqrt()
+
+    def sigma_dot(self, t):
+        return self.epsilon * (1 - 1.5 * t) / (1 - t).sqrt()
+
+    def shift(self, t):
+        return t
+
+    def shift_dot(self, t):
+        return torch.ones_like(t)
+
+    def half_g2(self, t):
+        return self.epsilon**2 * (t + (self.power - 1.5) * t**2)
+
+    def x1_drift(self, t):
+        return self.epsilon * (1 - t).sqrt()
+
+
 PROCESSES = {
     "rf": RectifiedFlow, "cosine": Cosine, "linear_vp": LinearVP, "sub_vp": SubVP, "ve": VE, "ve_linear": LinearVE,
-    "edm": EDM,
+    "edm": EDM, "foellmer": Foellmer,
 }
 
 
-def make_process(process: str, sigma_data: float = 0.5, **settings) -> Process:
+# ---- Bases
+
+
+class AroundMean(Process):
+    """`process` with the base N(m, base_std^2 I): sigma -> base_std sigma, and shift = sigma."""
+
+    def __init__(self, process: Process, base_std: float):
+        self.process, self.std, self.shift, self.shift_dot = process, base_std, process.sigma, process.sigma_dot
+        self.alpha, self.alpha_dot = process.alpha, process.alpha_dot
+        if process.half_g2:
+            self.half_g2 = lambda t: base_std**2 * process.half_g2(t)
+
+    def sigma(self, t):
+        return self.std * self.process.sigma(t)
+
+    def sigma_dot(self, t):
+        return self.std * self.process.sigma_dot(t)
+
+    def inverse(self, log_snr):
+        return self.process.inverse(log_snr + 2 * math.log(self.std))
+
+
+def first_channels(cond: Tensor | None, shape):
+    """The condition itself, (B, *shape): as many of its channels as the data have, enlarged to their size. 0 if hidden.
+    """
+    return 0.0 if cond is None else enlarged(cond[:, : shape[0]], shape[1:])
+
+
+# The mean m of the base, of the condition (B, C, ...) as the network gets it, and the shape of an item
+BASES = {"noise": lambda cond, shape: 0.0, "condition": first_channels}
+
+
+def make_process(process: str, sigma_data: float = 0.5, base: str = "noise", base_std: float = 1.0,
+                 **settings) -> Process:
     """The process of this name, made with those of `settings` that it has arguments for; others are ignored.
 
     Raises UserError for an unknown name, and for settings that the process refuses.
     """
     made = call_with_settings(look_up(PROCESSES, process), settings)
+    if base == "condition" and not made.shift:
+        if made.at(1.0).alpha > 0.1:
+            raise UserError(f"process {process} keeps the data at t = 1, and does not reach the base condition: use a "
+                            "process such as rf, or --base noise")
+        made = AroundMean(made, base_std)
     made.sigma_data = sigma_data
     return made

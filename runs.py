@@ -6,12 +6,12 @@ drawn or saved at a step is a function of the state at that step: a run that res
 """
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import os
 import statistics
 import time
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 import saving
 from build import TRAINING_STEPS, compiles
 from config import Config, marks
-from data_utils import spread_labels
-from distributed import agreed_stop, gather_rows, on_rank0, print0, rank, world_size
+from data_utils import Cases, DataSpec, cases, load_dataset, spread_labels
+from distributed import agreed_stop, all_or_none, gather_rows, on_rank0, print0, rank, rank0_first, world_size
 from ema import EMA
-from logging_utils import Logger, picture_of
+from logging_utils import Logger, picture_of, picture_of_cases
 from optimizers import make_optimizer
 from utils import UserError, warn
 
@@ -54,7 +54,8 @@ class Run:
         self.window, self.norms = [torch.zeros(0, 4, device=device)], []
         self.skipped = 0  # steps in a row until now that were not finite
         self.saved_step, self.save_failed = None, False  # step of the last checkpoint; whether the last try failed
-        self.evaluator = self.logger = None  # the first is made when it is needed, the second on rank 0 alone
+        # the first two are made when they are needed, the third on rank 0 alone
+        self.evaluator = self.held_out = self.logger = None
 
         parameters = sum(p.numel() for p in self.net.parameters())
         print0(f"{len(self.dataset.data):,} items of shape {self.spec.shape}, {config.network} of {parameters:,} "
@@ -112,10 +113,12 @@ class Run:
             on_rank0(lambda: self.logger.log(self.step, values))
         self.restart_clock()
 
-    def picture(self, items: Tensor):
+    def picture(self, items: Tensor, shown=None):
         """A picture of samples or data: a grid of images, by class if these are few, or a scatter plot of points."""
+        if shown and shown.cond is not None and items.ndim == 4:
+            return picture_of_cases(items, shown, self.spec, self.config.samples_per_cond)
         few = self.config.class_conditional and self.spec.num_classes <= 16
-        return picture_of(items, self.dataset.data[:2000], self.spec.num_classes if few else None)
+        return picture_of(items, self.dataset.data, self.spec.num_classes if few else None)
 
     def show_data(self):
         """Saves a picture of the items of the first batch, repeated if there are more samples in a grid."""
@@ -126,11 +129,26 @@ class Run:
     def picture_path(self, weights, sampler):
         return f"{self.folder}/samples/{weights}_{sampler}_{self.step:07d}.png"
 
-    def samples(self, weights, sampler, num, labels: Tensor | None) -> Tensor:
+    def cases(self, num, labels: Tensor | None) -> Cases:
+        """What `num` samples are drawn for: labels, or conditions of the test split, or of the training split."""
+        if not self.spec.cond_shape:
+            return Cases(labels)
+        config = self.config
+        if not self.held_out:
+            self.held_out = self.dataset
+            with contextlib.suppress(UserError):
+                test = all_or_none(lambda: rank0_first(lambda first: load_dataset(
+                    config.dataset, download=first, split="test", **vars(config))))
+                if (test.spec.shape, test.spec.cond_shape) == (self.spec.shape, self.spec.cond_shape):
+                    self.held_out = replace(test, spec=self.spec)
+        return cases(self.held_out, num, config.samples_per_cond, config.seed)
+
+    def samples(self, weights, sampler, cases: Cases, num) -> Tensor:
         """Decoded samples, of which each rank draws its share."""
         net = self.net if weights == "raw" else self.ema.net
-        return self.draw(self.config, self.spec, self.process, net, self.device, num=num, labels=labels,
-                         sampler=sampler)[0]
+        return self.draw(self.config, self.spec, self.process, net, self.device, sampler=sampler,
+                         num=num if cases.cond is None else len(cases.cond), cond=cases.cond,
+                         labels=cases.labels if self.config.class_conditional else None)[0]
 
     def sample_and_evaluate(self):
         """Draws grids and evaluates, if due after this step and not done yet. A signal breaks this off."""
@@ -150,15 +168,16 @@ class Run:
         config = self.config
         labels = torch.arange(config.num_samples) % self.spec.num_classes if config.class_conditional else None
         samplers = dict.fromkeys(filter(None, (config.sampler, config.sde_sampler)))
+        shown = self.cases(config.num_samples, labels)
         self.net.eval()
         for weights, sampler in itertools.product(("raw", "ema"), samplers):
             path = self.picture_path(weights, sampler)
             if on_rank0(lambda path=path: os.path.exists(path)):
                 continue
             with self.failures_reported(f"grid of {weights} weights by {sampler}"):
-                samples = self.samples(weights, sampler, config.num_samples, labels)
+                samples = self.samples(weights, sampler, shown, config.num_samples)
                 on_rank0(lambda name=f"{weights}_{sampler}", samples=samples, path=path: self.logger.picture(
-                    self.step, name, self.picture(samples), path))
+                    self.step, name, self.picture(samples, shown), path))
         self.net.train()
 
     def evaluate(self):
@@ -169,7 +188,9 @@ class Run:
         labels = spread_labels(self.dataset.labels, config.evaluation_samples) if config.class_conditional else None
         with self.failures_reported("evaluation"):
             self.evaluator = self.evaluator or Evaluator(self.dataset, self.dataset, self.device)
-            values = self.evaluator(self.samples("ema", config.sampler, config.evaluation_samples, labels), labels)
+            drawn_for = self.cases(config.evaluation_samples, labels)
+            samples = self.samples("ema", config.sampler, drawn_for, config.evaluation_samples)
+            values = self.evaluator(samples, drawn_for.labels, drawn_for.truth)
             on_rank0(lambda: self.logger.log(self.step, values, kind="evaluation"))
 
     # ---- Saving
@@ -185,7 +206,7 @@ class Run:
             "window": gather_rows(torch.cat(self.window)),
             "skipped": self.skipped,
             "config": saving.plain(vars(self.config)),
-            "data": saving.plain(dataclasses.asdict(self.spec)),
+            "data": saving.plain(asdict(self.spec)),
         }
 
     def save(self):
@@ -207,7 +228,7 @@ class Run:
     def restore(self, path):
         """Resumes the run from a checkpoint."""
         state = saving.load(path)
-        saving.check_data(path, state["data"], dataclasses.asdict(self.spec))
+        saving.check_data(path, asdict(DataSpec(**state["data"])), asdict(self.spec))
         if (items := state.get("items", len(self.dataset.data))) != len(self.dataset.data):
             raise UserError(f"{path} was trained on {items} items, and here are {len(self.dataset.data)}: give it the "
                             "same data, or choose another --run_name")

@@ -4,11 +4,14 @@ On two GPUs: `python launch.py --nproc-per-node=2 sample.py --ckpt ...`, or with
 
 Writes OUT.npz with `arr_0`, uint8 images (N, H, W, C) or float32 vectors (N, D), and `arr_1`, labels (N,) int64 if the
 network takes labels, as the evaluation files of Dhariwal & Nichol 2021 have them; and OUT.png, a picture of the first
-samples. With `--trajectory True` also OUT.gif, an animation of the first samples on their way from noise to data.
+samples. With a condition, samples are of the conditions in --cond FILE, or of test items, one after the other, and
+--rollout 20 makes the samples the conditions of the next, 20 times: arr_0 is (N, 20, ...), and OUT.gif shows it.
+With `--trajectory True` also OUT.gif, an animation of the first samples on their way from noise to data.
 Sample i is a function of the seed and i, to rounding: neither the batch size nor the number of ranks changes it.
 """
 
 import copy
+import functools
 import math
 import os
 from dataclasses import dataclass, replace
@@ -21,14 +24,14 @@ from torch import Tensor
 import saving
 from build import build, check_settings
 from command_line import fail, optional_settings, parse, start
-from config import Config, Positive, Within, out_of_range
-from data_utils import DataSpec
-from distributed import gather_rows, on_rank0, print0, set_up
-from logging_utils import image_grid, picture_of, save_picture
+from config import Config, NotNegative, Positive, Within, out_of_range
+from data_utils import Cases, Dataset, DataSpec, cases, load_dataset
+from distributed import gather_rows, on_rank0, print0, rank0_first, set_up
+from logging_utils import image_grid, picture_of, picture_of_cases, save_picture
 from processes import PROCESSES
 from sampling import make_grid
 from trainer import TRAINERS
-from utils import UserError, look_up, parameters_of, write_atomically
+from utils import UserError, first_line, look_up, make_seed, parameters_of, write_atomically
 
 FRAMES = 50  # most frames of a trajectory, before the samples themselves
 
@@ -50,6 +53,8 @@ class Options(Drawing):
     num: Positive[int] = 1000  # Number of samples.
     out: str = "samples"  # Files to write: OUT.npz, and OUT.png.
     labels: tuple[int, ...] = ()  # Labels to draw, in turn, such as 3 5 7; none: all.
+    cond: str | None = None  # File of conditions, .npy or .npz with arr_0, as data are stored. None: of test items.
+    rollout: NotNegative[int] = 0  # Forecasts of forecasts, so many after each other, as OUT.gif; 0: none.
     trajectory: bool = False  # Write OUT.gif: the first 100 images or 2,000 points on their way from noise.
 
 
@@ -63,7 +68,7 @@ def load_net(path, weights, device):
         config, spec = Config(**state["config"]), DataSpec(**state["data"])
     except TypeError as error:
         raise UserError(f"{path} was made by another version of this code ({error}): use that version") from error
-    spec.shape = tuple(spec.shape)
+    spec.shape, spec.cond_shape = tuple(spec.shape), tuple(spec.cond_shape)
     process, net = build(config, spec, device)
     saving.restore(net, state["ema"]["net"] if weights == "ema" else state["net"], path)
     return state, config, spec, process, net.eval()
@@ -72,7 +77,7 @@ def load_net(path, weights, device):
 def load_guide(path, config: Config, spec: DataSpec, device):
     """The averaged network at `path`, for autoguidance. Raises UserError if its data, process or prediction differ."""
     _, guide, guide_spec, _, net = load_net(path, "ema", device)
-    shared = {"model_type", "process", "sigma_data"} | parameters_of(PROCESSES[config.process])
+    shared = {"model_type", "process", "base", "base_std", "sigma_data"} | parameters_of(PROCESSES[config.process])
     different = [name for name in vars(config) if name in shared and getattr(guide, name) != getattr(config, name)]
     if guide_spec != spec or different:
         raise UserError(f"guide {path} differs in {', '.join(different) or 'its data'}: expected a run with the same "
@@ -101,22 +106,71 @@ class Loaded:
             self.guide = load_guide(options.guide, config, self.spec, device)
             if config.guidance_scale == 1:
                 raise UserError("guide does nothing at guidance_scale 1: use --guidance_scale 2, or leave --guide out")
-        elif config.guidance_scale != 1 and not (config.class_conditional and config.label_dropout > 0):
-            raise UserError("guidance_scale needs a network trained with labels and label_dropout above 0, or a "
+        elif config.guidance_scale != 1 and not (
+                config.class_conditional and config.label_dropout or self.spec.cond_shape and config.cond_dropout):
+            raise UserError("guidance_scale needs a network trained with label_dropout or cond_dropout above 0, or a "
                             "--guide: use --guidance_scale 1")
 
-    def draw(self, num, labels: Tensor | None, **changes) -> tuple[Tensor, float]:
-        """Samples 0 to num - 1 with these `changes` of the settings, drawn by the run's trainer: see build.draw_all."""
+    def read(self, split) -> Dataset:
+        """A split of the run's data. Raises UserError if it is missing, or of another shape."""
+        c, spec = self.config, self.spec
+        data = rank0_first(lambda first: load_dataset(c.dataset, download=first, split=split, **vars(c)))
+        there = data.spec
+        if (there.shape, there.cond_shape) != (spec.shape, spec.cond_shape) or (
+                c.class_conditional and not 0 < there.num_classes <= spec.num_classes):
+            raise UserError(f"{self.options.ckpt} is of items of shape {spec.shape}, conditions of {spec.cond_shape} "
+                            f"and {spec.num_classes} classes, and the {split} split here of {there.shape}, "
+                            f"{there.cond_shape} and {there.num_classes}: set --data_dir to that of the run")
+        return replace(data, spec=spec)
+
+    def cases(self, data: Dataset, num) -> Cases:
+        """Conditions of items of these data for `num` samples, `samples_per_cond` of each."""
+        return cases(data, num, self.config.samples_per_cond)
+
+    def draw(self, num, given: Cases, **changes) -> tuple[Tensor, float]:
+        """Samples 0 to num - 1 with these `changes` of the settings, drawn by the run's trainer: see build.draw_all.
+
+        `given` are their labels and conditions.
+        """
         config = replace(self.config, **changes)
         return look_up(TRAINERS, config.trainer).draw(
-            config, self.spec, self.process, self.net, self.device, num=num, labels=labels,
-            sampler=config.sampler, guide=self.guide)
+            config, self.spec, self.process, self.net, self.device, num=num, cond=given.cond,
+            labels=given.labels if config.class_conditional else None, sampler=config.sampler, guide=self.guide)
+
+
+def conditions_of(path, run: Loaded) -> Cases:
+    """Conditions in a file, each for `samples_per_cond` samples. Raises UserError if they are not such as the run's."""
+    shape = run.spec.cond_shape
+    try:
+        stored = np.load(path, allow_pickle=False)
+        stored = stored if isinstance(stored, np.ndarray) else stored["arr_0"]
+    except Exception as error:  # a damaged file fails in many ways
+        why = first_line(error)
+        raise UserError(f"cannot read {path} ({why}): expected a .npy file, or a .npz file with arr_0") from error
+    if not shape or stored.shape[1:] != shape or stored.dtype.kind not in "iuf" or not np.isfinite(stored).all():
+        raise UserError(f"{path} holds {stored.dtype} of shape {stored.shape}: the network takes "
+                        + (f"finite numbers of shape {('N', *shape)}" if shape else "no condition"))
+    cond = run.spec.condition(torch.from_numpy(stored))
+    return Cases(None, cond.repeat_interleave(run.config.samples_per_cond, 0))
+
+
+def rollout(run: Loaded, given: Cases, steps) -> Tensor:
+    """Forecasts (N, steps, ...), decoded: each is drawn with the one before as its condition."""
+    if run.spec.cond_shape != run.spec.shape or run.config.corruption:
+        raise UserError(f"rollout needs a condition like the data, such as that of --lag, and theirs are "
+                        f"{run.spec.cond_shape} and {run.spec.shape}")
+    states = []
+    for step in range(steps):
+        seed = make_seed(run.options.seed, "rollout", step) % 2**32 if step else run.options.seed
+        states.append(run.draw(len(given.cond), given, seed=seed)[0])
+        given = given._replace(cond=run.spec.condition(states[-1]))
+    return torch.stack(states, dim=1)
 
 
 # ---- From noise to data
 
 
-def trajectory(run: Loaded, num, labels: Tensor | None) -> Tensor:
+def trajectory(run: Loaded, num, given: Cases) -> Tensor:
     """The first samples on their way, decoded, (F, num, ...): at up to FRAMES times of the grid, and then the samples.
 
     The state at a time is what the network gets in the call at the nearest time; of several calls at one time, in the
@@ -125,13 +179,13 @@ def trajectory(run: Loaded, num, labels: Tensor | None) -> Tensor:
     """
     states, recording = {}, copy.copy(run)
 
-    def recorded(xt, t, label):
+    def recorded(xt, t, label, cond):
         time = t[0].item()
         states[time] = run.spec.decode(xt / run.process.at(time).sigma.clamp(min=1)).cpu()
-        return run.net(xt, t, label)
+        return run.net(xt, t, label, cond)
 
     recording.net = recorded
-    samples, _ = recording.draw(num, labels, compile=False, sampling_batch_size=num)
+    samples, _ = recording.draw(num, given, compile=False, sampling_batch_size=num)
     states = states or {0.0: samples[:0]}  # of a rank that has no share
     times = make_grid(**vars(run.config) | {"n": run.config.sampling_steps, "process": run.process})[:-1]
     calls = [min(states, key=lambda call: abs(call - time)) for time in times[:: math.ceil(len(times) / FRAMES)]]
@@ -144,10 +198,13 @@ def trajectory(run: Loaded, num, labels: Tensor | None) -> Tensor:
 def save_trajectory(states: Tensor, spec: DataSpec, path):
     """Writes the result of `trajectory` as an animated GIF, which pauses at its end.
 
-    Images come in a grid. Of points the first and the last coordinate are drawn, up to three standard deviations. There
-    are few colours, so that the file is small.
+    Images and fields come in a grid. Of points the first and the last coordinate are drawn, up to three standard
+    deviations. There are few colours, so that the file is small.
     """
-    if not spec.is_image:
+    if spec.is_field:
+        low, high = (np.quantile(states[:, :, :1], q) for q in (0.001, 0.999))
+        states = (255 * (states[:, :, :1] - low) / (high - low)).clamp(0, 255).byte()
+    elif not spec.is_image:
         points = (states - torch.tensor(spec.mean)) / (3 * max(spec.std))
         counts = [np.histogram2d(-state[:, -1], state[:, 0], 150, [[-1, 1], [-1, 1]])[0] for state in points]
         states = (255 - 64 * torch.tensor(np.stack(counts))[:, None, None]).clamp(min=0).byte()
@@ -165,20 +222,35 @@ def main(arguments):
         fail(f"cannot write {out}.npz: expected a file in a folder that is there and can be written")
     with set_up(options.device, timeout=60.0) as device:
         run = Loaded(options, device)
-        num, spec, labels = options.num, run.spec, None
+        num, spec, given = options.num, run.spec, Cases()
         classes = range(spec.num_classes if run.config.class_conditional else 0)
         if unknown := set(options.labels).difference(classes):
             known = f"0 to {classes[-1]}" if classes else "none"
             raise UserError(f"labels {unknown} are unknown: the network takes {known}")
-        if classes:
-            labels = torch.tensor(np.resize(options.labels or classes, num))
-        samples, _ = run.draw(num, labels)
-        arrays = [samples.permute(0, 2, 3, 1) if spec.is_image else samples] + ([] if labels is None else [labels])
+        if options.cond:
+            given = conditions_of(options.cond, run)
+        elif spec.cond_shape:
+            given = run.cases(run.read("test"), num)
+        num = num if given.cond is None else len(given.cond)
+        labels = torch.tensor(np.resize(options.labels or classes, num)) if classes else None
+        given = given._replace(labels=labels)
+        if options.rollout:
+            states = rollout(run, given, options.rollout)
+            samples = states[:, 0]
+        else:
+            samples = states = run.draw(num, given)[0]
+        arrays = [states.permute(0, 2, 3, 1) if spec.is_image else states] + ([] if labels is None else [labels])
         on_rank0(lambda: write_atomically(f"{out}.npz", lambda file: np.savez(file, *arrays)))  # as arr_0 and arr_1
-        on_rank0(lambda: save_picture(picture_of(samples[: 100 if spec.is_image else None]), f"{out}.png"))
-        if options.trajectory:
-            states = trajectory(run, min(num, 100 if spec.is_image else 2000), labels)
-            on_rank0(lambda: save_trajectory(states, spec, f"{out}.gif"))
+        grid = len(spec.shape) == 3
+        if given.cond is not None and grid:
+            picture = functools.partial(picture_of_cases, samples, given, spec, run.config.samples_per_cond)
+        else:
+            picture = functools.partial(picture_of, samples[: 100 if grid else None])
+        on_rank0(lambda: save_picture(picture(), f"{out}.png"))
+        if options.trajectory or options.rollout:
+            shown = min(num, 100 if grid else 2000)
+            frames = states[:shown].transpose(0, 1) if options.rollout else trajectory(run, shown, given)
+            on_rank0(lambda: save_trajectory(frames, spec, f"{out}.gif"))
         print0(f"{num} samples of {options.weights} weights at step {run.state['step']}, by {run.config.sampler}: "
                f"{out}.npz and {out}.png")
 

@@ -8,7 +8,8 @@ is x at ts[-1]. Time runs backwards, so every step has dt < 0:
     SDE:  dx = (velocity - eps score) dt + sqrt(2 eps) dW      (Ma et al. 2024, "SiT", section 2)
 
 Both have the same marginals, for any eps(t) >= 0. With eps = delta, the SDE is the exact reversal of the forward SDE
-(Anderson 1982).
+(Anderson 1982). x is here what is not known of xt, z = xt - shift m, with m the mean of the base: the field adds
+shift m for its network, and `draw` at the end. Without a condition m is 0, and x is xt.
 
 To add a sampler, write such a function and give it a row in ODE_SAMPLERS or SDE_SAMPLERS. A further argument that has
 the name of a setting of config.py gets that setting. A new eps is a row of DIFFUSIONS, a new grid a row of GRIDS.
@@ -19,8 +20,8 @@ import math
 import torch
 from torch import Tensor
 
-from prediction import convert, error_factor
-from processes import Process
+from prediction import convert, error_factor, without_mean
+from processes import BASES, Process
 from utils import RowNoise, UserError, call_with_settings, in_batches, look_up, parameters_of
 
 MAX_ERROR_FACTOR, LATEST_RATIO = 1000.0, 20.0  # see Field
@@ -28,6 +29,7 @@ MAX_ERROR_FACTOR, LATEST_RATIO = 1000.0, 20.0  # see Field
 # eps of the SDE at coefficients c and time t, as in SiT's code; its paper writes w for 2 eps (Ma et al. 2024)
 DIFFUSIONS = {
     "delta": lambda c: c.delta,
+    "own": lambda c: c.own_eps,  # that of model_type drift
     "sigma": lambda c: c.sigma,
     "constant": lambda t: 1.0,
     "sin2": lambda t: math.sin(math.pi * t) ** 2,
@@ -37,28 +39,36 @@ DIFFUSIONS = {
 class Field:
     """A network whose prediction can be read as any kind: `field(x, time, "velocity")`, for given labels and guidance.
 
-    `net(xt, t, label)` predicts the kind `model_type`. `label` is (B,) int64 or None. `calls` counts the calls of the
-    network and of the guide. `sde_diffusion` (a name in DIFFUSIONS) and the factor `sde_scale` give the eps of the SDE.
+    `net(xt, t, label, cond)` predicts the kind `model_type` at xt = x + shift m. `label` is (B,) int64 or None, `cond`
+    (B, C, ...) or None, and `m` (B, ...) the mean of the base, or 0. All predictions are about x, without the part of m
+    that is known. `calls` counts the calls of the network and of the guide. `sde_diffusion` (a name in DIFFUSIONS) and
+    the factor `sde_scale` give the eps of the SDE.
 
     Guidance: let c be the network's prediction, u that of a guide, and s = `guidance_scale`. Then u + s (c - u) is
     used. Every conversion is affine in the prediction, so the result is the same for every kind. The guide is the
-    network without labels (classifier-free guidance: Ho & Salimans 2022, eq. 6, with s = 1 + w). Or it is `guide`, a
-    worse network with the same arguments and model_type (autoguidance: Karras et al. 2024, eq. 3). Either guide is
-    called only at times in [guidance_t_min, guidance_t_max] (Kynkaanniemi et al. 2024, section 3), and never if s is 1.
+    network without labels (classifier-free guidance: Ho & Salimans 2022, eq. 6, with s = 1 + w), and, if `cond_dropout`
+    hid some in training, without condition, so that its m is 0. Or it is `guide`, a worse network with the same
+    arguments and model_type (autoguidance: Karras et al. 2024, eq. 3). Either guide is called only at times in
+    [guidance_t_min, guidance_t_max] (Kynkaanniemi et al. 2024, section 3), and never if s is 1.
 
     Near the noise: where alpha falls to 0 at t = 1, an x0 computed from a prediction of x1 or of the score has the
     network's error divided by alpha. If at t = 1 this error is more than MAX_ERROR_FACTOR times the network's, the
     network is never called later than the time `latest`, at which sigma / alpha is LATEST_RATIO. For a later time, x is
     scaled to the noise of `latest`, and the x0 that the network predicts there is used. The price: the network expects
     x0 in its input, and the scaled x has almost none.
+
+    If the base is the point m, x is 0 at t = 1, and a conversion there is 0 / 0: its limit is used.
     """
 
     def __init__(self, net, process: Process, model_type: str, label: Tensor | None = None, guidance_scale: float = 1.0,
                  guide=None, guidance_t_min: float = 0.0, guidance_t_max: float = 1.0, sde_diffusion: str = "delta",
-                 sde_scale: float = 1.0):
-        self.net, self.process, self.model_type, self.label = net, process, model_type, label
-        self.guide = guide or (lambda x, t, label: net(x, t, None))
-        self.guided = guidance_scale != 1 and (guide is not None or label is not None)
+                 sde_scale: float = 1.0, cond: Tensor | None = None, m: Tensor | float = 0.0,
+                 cond_dropout: float = 0.0):
+        self.net, self.process, self.model_type = net, process, model_type
+        self.given = label, cond, m
+        hidden = (None, None, 0.0) if cond_dropout else (None, cond, m)
+        self.guide = (guide, *self.given) if guide else (net, *hidden)
+        self.guided = guidance_scale != 1 and bool(guide or label is not None or cond is not None and cond_dropout)
         self.guidance_scale, self.guidance_t_min, self.guidance_t_max = guidance_scale, guidance_t_min, guidance_t_max
         self.sde_diffusion, self.sde_scale, self.calls = sde_diffusion, sde_scale, 0
         end = process.at(1.0)
@@ -70,19 +80,22 @@ class Field:
 
         Guidance acts as at `guided_at`, or by default as at `time`.
         """
-        t = torch.full((x.shape[0],), time, device=x.device, dtype=x.dtype)
-        out = self.net(x, t, self.label).to(x.dtype)
-        self.calls += 1
+        t, c = torch.full((x.shape[0],), time, device=x.device, dtype=x.dtype), self.process.at(time)
+
+        def call(net, label, cond, m):
+            self.calls += 1
+            return without_mean(net(x + c.shift * m, t, label, cond).to(x.dtype), c, self.model_type, m)
+
+        out = call(self.net, *self.given)
         guided_at = min(time if guided_at is None else guided_at, 1.0)  # edm_churn may go beyond t = 1
         if self.guided and self.guidance_t_min <= guided_at <= self.guidance_t_max:
-            guide = self.guide(x, t, self.label).to(x.dtype)
-            self.calls += 1
+            guide = call(*self.guide)
             out = guide + self.guidance_scale * (out - guide)
         return out
 
     def __call__(self, x: Tensor, time: float, *kinds: str):
         """The prediction at x (B, ...) and one time: one kind, or a list of several, by a single network call."""
-        out_kind, c = self.model_type, self.process.at(time)
+        out_kind, c = self.model_type, self.process.at(min(time, self.process.last))
         if time <= self.latest:
             out = self.predict(x, time)
         else:
@@ -376,19 +389,23 @@ SDE_SAMPLERS = {
     "ancestral": ancestral, "edm_churn": edm_churn,
 }
 SAMPLERS = ODE_SAMPLERS | SDE_SAMPLERS
+# The samplers that can start at a point, where sigma is 0 and xt says nothing about x0
+FROM_A_POINT = ("euler_maruyama", "stochastic_heun", "predictor_corrector")
 
 
 def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, seed: int, sampler: str,
          sampling_steps: int, T_min: float, T_max: float, grid: str = "uniform", denoise: bool = False,
-         labels: Tensor | None = None, batch_size: int | None = None, **settings):
+         labels: Tensor | None = None, cond: Tensor | None = None, base: str = "noise", batch_size: int | None = None,
+         **settings):
     """Yields the samples `rows`, in order, as batches (B, *shape) in float32 on `device`, each with its network calls.
 
-    x starts at `T_max`, as sigma(T_max) times noise, and ends at `T_min`. Sample i is a function of (seed, i), to
-    rounding (dopri5: to its tolerance). It depends neither on `batch_size`, which is halved where memory does not
-    suffice, nor on how the samples are shared among ranks. `labels` (N,) hold the label of every sample from 0 on, not
-    only of `rows`.
+    xt starts at `T_max`, as the mean of the base plus sigma(T_max) times noise, and ends at `T_min`. Sample i is a
+    function of (seed, i), to rounding (dopri5: to its tolerance). It depends neither on `batch_size`, which is halved
+    where memory does not suffice, nor on how the samples are shared among ranks. `labels` (N,) and `cond` (N, C, ...)
+    are those of every sample from 0 on, not only of `rows`. `base` (a name in BASES) makes the mean of the base of
+    cond.
 
-    `denoise` returns the predicted x0 in place of x at T_min. A sampler with an argument `denoise` does this as a step
+    `denoise` returns the predicted x0 in place of xt at T_min. A sampler with an argument `denoise` does this as a step
     of its own, if the grid is one of NOISE_LEVEL_GRIDS, and if the error of x1, computed from the network's prediction
     at T_min, is less than MAX_ERROR_FACTOR times the network's. Else x0 is predicted after the sampler's last step.
 
@@ -403,12 +420,13 @@ def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, 
 
     def draw_batch(batch: range) -> tuple[Tensor, int]:
         noise = RowNoise(batch, shape, device, seed, "sample")
-        label = None if labels is None else labels[torch.tensor(batch) % len(labels)].to(device)
-        field = call_with_settings(Field, settings, net=net, label=label)
+        label, given = (x if x is None else x[torch.tensor(batch) % len(x)].to(device) for x in (labels, cond))
+        m = look_up(BASES, base)(given, shape)
+        field = call_with_settings(Field, settings, net=net, label=label, cond=given, m=m)
         x = call_with_settings(look_up(SAMPLERS, sampler), {**settings, "noise": noise, "denoise": sampler_denoises},
                                field=field, x=process.at(T_max).sigma * noise(), ts=ts)
         with torch.no_grad():
             x = field(x, T_min, "x0") if denoise and not sampler_denoises else x
-        return x, field.calls
+        return x if denoise else x + c_end.shift * m, field.calls
 
     yield from in_batches(draw_batch, rows, min(batch_size or len(rows), len(rows)))

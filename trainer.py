@@ -7,6 +7,7 @@ the number of ranks or on accumulation, except through dropout, and a run that r
 
 import contextlib
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,11 @@ from build import autocast, build, draw_all, formatted, make_time_sampler
 from command_line import Stopped, deferred_signals, signal_name
 from config import Config
 from couplings import COUPLINGS
-from data_utils import Batches, Dataset
+from data_utils import Batches, Dataset, uniform_rows
 from distributed import agreed_stop, on_rank0, print0, rank, share, world_size
 from optimizers import learning_rate, take_step
-from prediction import convert, loss_weight, target
+from prediction import convert, loss_weight, target, without_mean
+from processes import BASES, RectifiedFlow
 from runs import Run
 from utils import RowNoise, UserError, append_dims, call_with_settings, make_seed, seed_torch
 
@@ -33,6 +35,7 @@ class Batch(NamedTuple):
     t: Tensor  # (B,)
     importance: Tensor  # (B,)
     label: Tensor | None  # (B,) int64
+    cond: Tensor | None = None  # (B, ...) what the network sees of the condition
 
     def rows(self, rows):
         return Batch(*(None if x is None else x[rows.start : rows.stop] for x in self))
@@ -55,7 +58,8 @@ class DiffusionTrainer(Run):
         # The network as it is trained, wrapped; self.net stays plain, for checkpoints, EMA and sampling.
         self.ddp = self.forward = self.net
         self.time_sampler = make_time_sampler(config, self.process)
-        self.batches = Batches(dataset, config.batch_size, config.seed, config.overfit_one_batch)
+        self.batches = Batches(dataset, config.batch_size, config.seed, config.overfit_one_batch,
+                               config.num_workers)
         self.own_rows = share(config.batch_size)  # of the global batch
         self.folder = None  # of the run, once it is open
 
@@ -67,9 +71,10 @@ class DiffusionTrainer(Run):
         coupling = COUPLINGS[config.coupling]  # needs all rows
         rows = range(config.batch_size) if coupling else self.own_rows
         rows_of = slice(rows.start, rows.stop)
-        data, label = self.batches(step, rows_of)
+        data, label, cond = self.batches(step, rows_of)
         x0 = self.spec.encode(self.to_device(data))
         label = self.to_device(label) if config.class_conditional else None
+        cond = None if cond is None else self.to_device(cond)
         generator = torch.Generator(self.device).manual_seed(make_seed(config.seed, "step", step))
 
         def uniform():  # numbers for the global batch, of which the rows are taken
@@ -77,24 +82,32 @@ class DiffusionTrainer(Run):
 
         t = self.time_sampler(config.batch_size, self.device, generator)[rows_of]
         if self.spec.is_image and config.random_flip:
-            x0 = torch.where(append_dims(uniform() < 0.5, x0.ndim), x0.flip(-1), x0)
+            flipped = append_dims(uniform() < 0.5, x0.ndim)
+            x0 = torch.where(flipped, x0.flip(-1), x0)
+            cond = torch.where(flipped, cond.flip(-1), cond) if cond is not None and cond.ndim == 4 else cond
+        cond = self.dataset.condition(x0, cond, uniform_rows(rows, self.device, config.seed, "corruption", step))
         x1 = RowNoise(rows, self.spec.shape, self.device, config.seed, "noise", step)()
         if coupling:
             x1 = x1[coupling(x0, x1, label)]
+        if config.class_conditional or config.cond_dropout:  # the same number: both are hidden together
+            hidden = uniform()
         if config.class_conditional:
-            label = label.masked_fill(uniform() < config.label_dropout, self.spec.num_classes)
+            label = label.masked_fill(hidden < config.label_dropout, self.spec.num_classes)
+        if config.cond_dropout:
+            cond = cond * append_dims(hidden >= config.cond_dropout, cond.ndim)
         importance = self.time_sampler.importance(t) if config.importance_weights else torch.ones_like(t)
-        batch = Batch(x0, x1, t, importance, label)
+        batch = Batch(x0, x1, t, importance, label, cond)
         return batch.rows(self.own_rows) if coupling else batch
 
     def loss(self, batch: Batch) -> Tensor:
         """The weighted squared error of each prediction, read as target_type, mean over pixels: (B,) float32."""
         config = self.config
-        c = self.process.coefs(batch.t, batch.x0.ndim)
-        xt = c.alpha * batch.x0 + c.sigma * batch.x1
+        c, m = self.process.coefs(batch.t, batch.x0.ndim), BASES[config.base](batch.cond, self.spec.shape)
+        z = c.alpha * batch.x0 + c.sigma * batch.x1  # xt without the part that is known
         with autocast(config, self.device):
-            out = self.forward(formatted(config, xt), batch.t, batch.label)
-        prediction = convert(out.float(), xt, c, config.model_type, config.target_type)
+            out = self.forward(formatted(config, z + c.shift * m), batch.t, batch.label, batch.cond)
+        out = without_mean(out.float(), c, config.model_type, m)
+        prediction = convert(out, z, c, config.model_type, config.target_type)
         weight = call_with_settings(loss_weight, vars(config), c=c).flatten()
         error = prediction - target(config.target_type, c, batch.x0, batch.x1)
         return weight * error.square().flatten(1).mean(1)
@@ -178,5 +191,26 @@ class DiffusionTrainer(Run):
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
 
 
+class Regression(DiffusionTrainer):
+    """Learns the mean of the data given the condition, by the same network: the forecast that samples have to beat."""
+
+    def loss(self, batch):
+        """The squared error, mean over pixels: (B,) float32."""
+        with autocast(self.config, self.device):
+            out = self.forward(torch.zeros_like(batch.x0), torch.ones_like(batch.t), batch.label, batch.cond).float()
+        out = out + BASES[self.config.base](batch.cond, self.spec.shape)
+        return (out - batch.x0).square().flatten(1).mean(1)
+
+    @staticmethod
+    def draw(config, spec, process, net, device, **arguments):
+        """The mean for each condition, as a network whose predicted x0 depends on nothing else: see build.draw_all."""
+        def mean(xt, t, label, cond):
+            m = BASES[config.base](cond, spec.shape)
+            return net(torch.zeros_like(xt), torch.ones_like(t), label, cond).float() + m
+
+        config = replace(config, model_type="x0", sampling_steps=1, grid="uniform", denoise=True, compile=False)
+        return draw_all(config, spec, RectifiedFlow(), mean, device, **arguments | {"sampler": "euler", "guide": None})
+
+
 # What the setting `trainer` can name; training, sampling, evaluation and benchmark take the class from here.
-TRAINERS = {"diffusion": DiffusionTrainer}
+TRAINERS = {"diffusion": DiffusionTrainer, "regression": Regression}

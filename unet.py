@@ -1,6 +1,8 @@
-"""A U-Net for images: `net(xt, t, label)` maps xt (B, C, H, W) to an output of the same shape.
+"""A U-Net for images: `net(xt, t, label, cond)` maps xt (B, C, H, W) to an output of the same shape.
 
-t is (B,), and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. This is the network
+t is (B,), and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. cond is an image
+(B, C', h, w), enlarged and given to the first layer beside xt, or attributes (B, C'), which enter where the label does;
+its last channel is 1. All zeros mean "no condition", as None does. This is the network
 of Ho et al. 2020 (DDPM) with the residual blocks of Dhariwal & Nichol 2021 (ADM). Time and label scale and shift the
 output of the second norm of each block. There is self-attention in the middle, and at chosen resolutions. The last
 layers of each block, of each attention and of the network start at zero.
@@ -13,6 +15,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from utils import enlarged
 
 
 class GroupNorm(nn.GroupNorm):
@@ -46,19 +50,22 @@ def time_features(t: Tensor, dim: int) -> Tensor:
 
 
 class Conditioning(nn.Module):
-    """t (B,) and label (B,) or None -> one vector (B, dim) that every block reads."""
+    """t (B,), label (B,) or None and attributes (B, A) or None -> one vector (B, dim) that every block reads."""
 
-    def __init__(self, features: int, dim: int, num_classes: int):
+    def __init__(self, features: int, dim: int, num_classes: int, attributes: int = 0):
         super().__init__()
         self.features, self.num_classes = features, num_classes
         self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None  # the last row: no label
+        self.attributes = nn.Linear(attributes, dim, bias=False) if attributes else None
 
-    def forward(self, t: Tensor, label: Tensor | None) -> Tensor:
+    def forward(self, t: Tensor, label: Tensor | None, attributes: Tensor | None = None) -> Tensor:
         emb = self.mlp(time_features(t, self.features))
         if self.label is not None:
             label = torch.full(t.shape, self.num_classes, device=t.device) if label is None else label
             emb = emb + self.label(label)
+        if self.attributes is not None and attributes is not None:
+            emb = emb + self.attributes(attributes)
         return F.silu(emb)
 
 
@@ -154,12 +161,14 @@ class UNet(nn.Module):
 
     Each channel_mult is one resolution: its blocks have channel_mult * model_channels channels, and the next resolution
     has half the height and width. `attention_resolutions` are heights in pixels. A network with `num_classes` 0 ignores
-    labels. Raises ValueError for data that are no images, sides that do not divide, and heights that do not occur.
+    labels, and one without `cond_shape`, the shape of a condition as the network gets it, ignores conditions. Raises
+    ValueError for data that are no images, sides that do not divide, and heights that do not occur.
     """
 
     def __init__(self, data_shape: tuple[int, int, int], num_classes: int = 0, model_channels: int = 128,
                  channel_mults: tuple[int, ...] = (1, 2, 2, 2), num_res_blocks: int = 2,
-                 attention_resolutions: tuple[int, ...] = (16,), dropout: float = 0.0):
+                 attention_resolutions: tuple[int, ...] = (16,), dropout: float = 0.0,
+                 cond_shape: tuple[int, ...] = ()):
         super().__init__()
         if len(data_shape) != 3:
             raise ValueError(f"unet takes images, not data of shape {tuple(data_shape)}: use --network mlp")
@@ -174,14 +183,16 @@ class UNet(nn.Module):
                 f"attention_resolutions {' '.join(map(str, attention_resolutions))}: unet has {H} x {W} images "
                 f"at heights {' '.join(map(str, sides))}: choose from these, or none for attention in the middle only")
         emb_dim = 4 * model_channels
-        self.conditioning = Conditioning(2 * (model_channels // 2), emb_dim, num_classes)
+        attributes = cond_shape[0] if len(cond_shape) == 1 else 0
+        self.cond_channels = cond_shape[0] if len(cond_shape) == 3 else 0
+        self.conditioning = Conditioning(2 * (model_channels // 2), emb_dim, num_classes, attributes)
 
         def block(channels_in, channels, side):
             attention = [Attention(channels)] if side in attention_resolutions else []
             return Layers([ResBlock(channels_in, channels, emb_dim, dropout), *attention])
 
         channels, side = model_channels, H
-        self.input = nn.Conv2d(C, channels, 3, padding=1)
+        self.input = nn.Conv2d(C + self.cond_channels, channels, 3, padding=1)
         self.down, skips = nn.ModuleList(), [channels]
         for level, mult in enumerate(channel_mults):
             if level > 0:
@@ -209,8 +220,11 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(channels)
         self.out = zero(nn.Conv2d(channels, C, 3, padding=1))
 
-    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        emb = self.conditioning(t, label)  # (B, emb_dim)
+    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        emb = self.conditioning(t, label, cond)  # (B, emb_dim)
+        if self.cond_channels:
+            given = xt.new_zeros(len(xt), self.cond_channels, 1, 1) if cond is None else cond
+            xt = torch.cat([xt, enlarged(given, xt.shape[2:])], dim=1)
         h = self.input(xt)
         skips = [h]
         for layers in self.down:

@@ -73,6 +73,12 @@ def append_dims(v: torch.Tensor, ndim) -> torch.Tensor:
     return v.reshape(v.shape + (1,) * (ndim - v.ndim))
 
 
+def enlarged(images: torch.Tensor, size, mode="bilinear") -> torch.Tensor:
+    """Images (B, C, h, w) at the size (H, W), by interpolation; those that have it, and vectors, as they are."""
+    same = images.shape[2:] == tuple(size)
+    return images if same else torch.nn.functional.interpolate(images, tuple(size), mode=mode)
+
+
 def invert(function, y: torch.Tensor, low, high) -> torch.Tensor:
     """The x in [low, high] with function(x) = y, for a decreasing function. Of y's shape and type.
 

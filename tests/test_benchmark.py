@@ -223,7 +223,7 @@ def test_peers_need_photographs_and_the_library(tmp_path, digits, photographs, m
 def test_nothing_is_downloaded(tmp_path, monkeypatch):
     """CIFAR-10 is made here; other data are read, and never with download=True."""
     small = make_dataset(np.zeros((4, 1, 28, 28), np.uint8), None)
-    monkeypatch.setattr(benchmark, "load_dataset", lambda name, data_dir, image_size: small)
+    monkeypatch.setattr(benchmark, "load_dataset", lambda name, **settings: small)
     for name, shape in (("cifar10", (50_000, 3, 32, 32)), ("mnist", (4, 1, 28, 28))):
         options = Options(**vars(tiny(tmp_path, dataset=name, class_conditional=False, wandb="disabled")))
         trainer = benchmark.make_trainer(options, torch.device("cpu"), str(tmp_path / name))
@@ -238,7 +238,7 @@ def test_nothing_is_downloaded(tmp_path, monkeypatch):
     (["--seconds", "-1"], ["seconds is -1.0: expected a number in (0, inf)"]),
     (["--batch", "3"], ["--batch", "--batch-size"]),
     (["digits", "--batch_size", "2", "--accumulation_steps", "4"], ["batch_size 2 is less than 4"]),
-    (["digits", "--class_conditional", "False", "--guidance_scale", "2"], ["guidance_scale 2.0 needs labels"]),
+    (["digits", "--class_conditional", "False", "--guidance_scale", "2"], ["guidance_scale 2.0 needs a network"]),
     ([*TINY, "--parts", "--out", "/dev/null/b.json"], ["cannot write /dev/null/b.json"]),
 ])
 def test_bad_options(flags, words, capfd):

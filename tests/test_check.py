@@ -6,16 +6,27 @@ import pytest
 import torch
 
 import check
-from check import CHECKS, ORDERS, STEPS, coefficient_error, conversion_error, likelihood_error, order_error, time_error
-from processes import PROCESSES, VE, FromFunctions
+from check import (
+    CHECKS,
+    COLUMNS,
+    ORDERS,
+    STEPS,
+    coefficient_error,
+    conversion_error,
+    likelihood_error,
+    order_error,
+    time_error,
+)
+from processes import VE, FromFunctions
 from sampling import ODE_SAMPLERS, SDE_SAMPLERS
 
 
 @pytest.mark.parametrize("name", list(CHECKS))
+@pytest.mark.parametrize("process", list(COLUMNS))
 def test_mathematics(process, name):
     function, bound, *arguments = CHECKS[name]
     torch.manual_seed(0)
-    error = function(process, *arguments)
+    error = function(COLUMNS[process](), *arguments)
     assert error < bound, error
 
 
@@ -56,5 +67,5 @@ def test_the_script_prints_a_table_and_ends_with_what_is_wrong(monkeypatch, caps
     with pytest.raises(SystemExit, match="error: wrong, rf: 2.0, expected < 1; .*broken, edm: nan") as end:
         check.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"| check | right | {' | '.join(PROCESSES)} |" and len(lines) == 5
-    assert lines[3] == f"| wrong | < 1 |{' 2 |' * len(PROCESSES)}" and "times" not in str(end.value)
+    assert lines[0] == f"| check | right | {' | '.join(COLUMNS)} |" and len(lines) == 5
+    assert lines[3] == f"| wrong | < 1 |{' 2 |' * len(COLUMNS)}" and "times" not in str(end.value)

@@ -83,7 +83,7 @@ def test_bits_per_dimension_of_images(runs, tmp_path):
     """Of images that the oracle holds for independent N(0, 0.8^2) pixels: its density, times the width of a bin."""
     e = evaluation(runs, "digits", tmp_path, likelihood_num=30, rtol=1e-4, atol=1e-4)
     e.net = gaussian(e.process, "velocity", dims=64, mean=0.0, std=0.8)
-    e.net, oracle = (lambda xt, t, label: oracle(xt.flatten(1), t).reshape(xt.shape)), e.net
+    e.net, oracle = (lambda xt, t, label, cond: oracle(xt.flatten(1), t).reshape(xt.shape)), e.net
     items, _ = e.random_items(e.data["test"], 30)
     log_p = oracle.log_prob(e.spec.encode(items).flatten(1).double(), torch.zeros(30, dtype=torch.float64))
     exact = bits_per_dim(log_p, 64)
@@ -328,13 +328,13 @@ def test_near_copies_are_found(runs, tmp_path):
 def test_labels_are_as_frequent_as_in_the_data(runs, tmp_path):
     e = evaluation(runs, "digits", tmp_path, num=150)
     expected = np.bincount(e.data["train"].labels) / 10
-    assert np.abs(np.bincount(e.labels, minlength=10) - expected).max() <= 2
+    assert np.abs(np.bincount(e.given.labels, minlength=10) - expected).max() <= 2
 
 
 def test_network_calls_count_guidance_and_what_an_adaptive_solver_takes(runs, tmp_path):
     def calls(sampler="euler", rtol=1e-5, **changes):
         e = evaluation(runs, "digits", tmp_path, num=10, **changes)
-        return e.draw(10, e.labels, sampler=sampler, rtol=rtol, atol=rtol)[1]
+        return e.draw(10, e.given, sampler=sampler, rtol=rtol, atol=rtol)[1]
 
     assert calls() == 2 and calls(guidance_scale=2.0) == 4
     assert calls(guidance_scale=2.0, guide=str(runs / "digits" / "last.pt")) == 4

@@ -68,7 +68,7 @@ def test_forward_and_back(process):
     x0, change = flow(field, x1, 0.999, 1e-3, probe, **tolerances)
     log_p = log_normal(x1, process.at(0.999).sigma.item()) + change
     again = log_likelihood(field, x0, 1e-3, 0.999, probe, **tolerances)
-    torch.testing.assert_close(again, log_p, rtol=0, atol=1e-4)  # the solver's errors are up to 3e-5
+    torch.testing.assert_close(again, log_p, rtol=0, atol=3e-4)  # the solver's errors are up to 2e-4
 
 
 def test_bits_per_dim_of_a_gaussian():
@@ -95,7 +95,7 @@ def test_dequantization_is_uniform_and_of_the_width():
     seen = []
     process = PROCESSES["rf"]()
 
-    def net(x, t, label):
+    def net(x, t, label, cond=None):
         seen.append(x.detach())
         return x
 

@@ -119,7 +119,7 @@ def test_diffusers_samplers(name, sampler, settings):
     for k in scheduler.timesteps:
         x = scheduler.step(noise(x, k.item()), k, x).prev_sample
     process = discrete(scheduler)
-    field = Field(lambda x, t, label: noise(x, 1000 * t[0].item() - 1), process, "x1")
+    field = Field(lambda x, t, label, cond: noise(x, 1000 * t[0].item() - 1), process, "x1")
     assert [round(1000 * t) - 1 for t in make_grid(20, 0.0, 1.0)[:-1]] == scheduler.timesteps.tolist()
     # to 1e-4, since the tables of diffusers are in float32
     torch.testing.assert_close(sampler(field, start, make_grid(20, 0.0, 1.0)), x, rtol=1e-4, atol=1e-4)
@@ -131,7 +131,7 @@ def test_diffusers_flow_match_euler():
     x = start = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     for t in scheduler.timesteps:
         x = scheduler.step(noise(x, t.item()), t, x).prev_sample
-    field = Field(lambda x, t, label: noise(x, 1000 * t[0].item()), PROCESSES["rf"](), "velocity")
+    field = Field(lambda x, t, label, cond: noise(x, 1000 * t[0].item()), PROCESSES["rf"](), "velocity")
     ts = make_grid(20, 0.0, 1.0, "shifted", grid_shift=3.0)
     assert ts[:-1] == pytest.approx([t / 1000 for t in scheduler.timesteps.tolist()], rel=1e-6)
     assert math.isclose(ts[1], 0.95 * 3 / 2.9)

@@ -31,6 +31,7 @@ def test_targets_are_their_definitions(process):
         "x1": x1,
         "score": -x1 / c.sigma,
         "velocity": c.alpha_dot * x0 + c.sigma_dot * x1,
+        "drift": c.alpha_dot * x0 + c.sigma_dot * x1 + c.own_eps * x1 / c.sigma,
         "v": c.alpha * x1 - c.sigma * x0,
         "edm": (x0 - c_skip * xt / c.alpha) / c_out,
     }
@@ -55,7 +56,7 @@ def test_preconditioned_network(process):
     seen = []
 
     class Net(torch.nn.Module):
-        def forward(self, x, noise, label):
+        def forward(self, x, noise, label, cond):
             seen.extend([x, noise, label])
             return 2 * x
 
@@ -138,7 +139,7 @@ def test_likelihood_weighting_is_the_divergence(process):
 
 def test_unknown_names_list_the_known():
     c = PROCESSES["rf"]().coefs(torch.rand(2), 2)
-    with pytest.raises(UserError, match="'velocty' is not known here: expected one of x0, x1, score, velocity, v, edm"):
+    with pytest.raises(UserError, match="'velocty' is not known here: expected one of x0, x1, score, velocity, drift"):
         target("velocty", c, torch.zeros(2, 1), torch.zeros(2, 1))
     with pytest.raises(UserError, match="none, min_snr, edm, likelihood, sigmoid"):
         loss_weight(c, "snr", "x0")

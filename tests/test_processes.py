@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from processes import EDM, PROCESSES, VE, FromFunctions, LinearVE, LinearVP, Process, make_process
+from processes import EDM, PROCESSES, VE, Foellmer, FromFunctions, LinearVE, LinearVP, Process, make_process
 from utils import UserError
 
 
@@ -22,6 +22,8 @@ def test_ends_are_data_and_noise(process):
     if isinstance(process, VE):
         torch.testing.assert_close(c.sigma, torch.tensor([0.002, 80.0], dtype=torch.float64), rtol=1e-12, atol=0)
         assert (process.alpha(times()) == 1).all()
+    elif isinstance(process, Foellmer):
+        assert c.alpha[1] == c.sigma[0] == c.sigma[1] == 0 and c.shift.tolist() == [0, 1]
     else:
         assert c.sigma[0] == 0 and c.alpha[1] < 0.01 and abs(c.sigma[1] - 1) < 1e-4
     assert (process.coefs(times()).log_snr.diff() < 0).all()

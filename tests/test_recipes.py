@@ -151,6 +151,36 @@ def test_your_own_metric_of_vectors(robust):
     assert json.loads((robust[0] / "1" / "card.json").read_text())["metrics"]["mean_shift"]["mean"] > 0
 
 
+# ---- What projects with fields and conditions start with
+
+CONDITIONS = README.split("\n## Start with fields, pairs and forecasts\n")[1].split("\n## ")[0].split("\n### ")[1:]
+SMALL = """import sys, numpy as np, data_utils, metrics, main, sample, evaluate
+metrics.CLASSIFIER_STEPS, data_utils.CACHE = 5, "cache"
+data_utils.vorticity = lambda n, frames, seed: np.random.default_rng(seed).normal(size=(n // 15, 12, 1, 32, 32))
+"""
+TINY = ("--num_training_steps 4 --warmup_steps 2 --model_channels 8 --num_res_blocks 1 --batch_size 16 --num_samples 8 "
+        "--sampling_steps 2 --evaluate_every 4 --evaluation_samples 24 --save_every 0 --sample_every 0").split()
+
+
+@pytest.mark.parametrize("recipe", CONDITIONS[:3], ids=lambda text: text.splitlines()[0])
+def test_commands_of_a_recipe(recipe, tmp_path):
+    """Every command of it, in its order, with small data and a small network."""
+    program, folder = SMALL, tmp_path / "DIR"
+    folder.mkdir()
+    for i in range(4):
+        np.save(folder / f"run_{i}.npy", np.random.default_rng(i).normal(size=(5, 3, 16, 16)).astype(np.float32))
+    for line in re.search(r"```sh\n(.*?)```", recipe, re.S)[1].splitlines():
+        words = shlex.split(line, comments=True)
+        if words[0] == "sh":
+            program += f"main.main({words[2:] + TINY})\n"
+        elif words[1] == "sample.py":
+            program += f"sample.main({words[2:] + ['--num', '8', '--sampling_steps', '2']})\n"
+        else:
+            program += f"evaluate.main({words[2:] + ['--num', '80', '--seeds', '1', '--likelihood_num', '2']})\n"
+    result = run("python", "-c", program, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr
+
+
 # ---- What else the documents say
 
 

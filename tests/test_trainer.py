@@ -163,7 +163,7 @@ def test_ranks_share_the_batch_of_one(tmp_path, digits, world):
 
 def test_flips_and_label_dropout_have_their_rates(tmp_path, digits):
     trainer = make(tmp_path, digits, batch_size=4096, random_flip=True, label_dropout=0.25)
-    batch, (data, label) = trainer.prepare_batch(0), trainer.batches(0)
+    batch, (data, label, _) = trainer.prepare_batch(0), trainer.batches(0)
     plain = trainer.spec.encode(data)
     flipped, same = (batch.x0 == plain.flip(-1)).flatten(1).all(1), (batch.x0 == plain).flatten(1).all(1)
     assert (flipped | same).all() and abs((flipped & ~same).float().mean() - 0.5) < 0.05
@@ -287,7 +287,7 @@ def test_all_grids_are_drawn_and_their_noise_is_the_same(tmp_path, digits, monke
     for trainer.step in (5, 6):
         trainer.sample()
     assert len(starts) == 8
-    for x, _, label in starts:
+    for x, _, label, _ in starts:
         assert torch.equal(x, starts[0][0]) and torch.equal(label, starts[0][2])
 
 
@@ -299,7 +299,7 @@ def test_the_end_names_the_picture_of_the_sampler(tmp_path, digits, capsys):
 def test_one_sampler_in_both_places_is_drawn_once(tmp_path, digits):
     trainer = make(tmp_path, digits, sampler="ancestral", sde_sampler="ancestral")
     drawn = []
-    trainer.picture = lambda points: drawn.append(points) or Image.new("RGB", (8, 8))
+    trainer.picture = lambda points, shown=None: drawn.append(points) or Image.new("RGB", (8, 8))
     trainer.train()
     assert len(drawn) == 3  # real, raw and EMA
 
