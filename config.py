@@ -203,12 +203,6 @@ PRESETS = {
         num_training_steps=1000, base_lr=3e-3, lr_schedule="cosine", warmup_steps=50, ema_decay=0.99,
         sampling_steps=20, log_every=50, sample_every=500, save_every=500, evaluate_every=1000,
     ),
-    "digits_inpaint": dict(
-        run_name="digits_inpaint", dataset="digits", corruption="mask_box", random_flip=False, model_channels=24,
-        channel_mults=(1, 2), attention_resolutions=(), num_res_blocks=1, dropout=0.0, time_sampler="logit_normal",
-        num_training_steps=1000, base_lr=3e-3, lr_schedule="cosine", warmup_steps=50, ema_decay=0.99,
-        sampling_steps=20, log_every=50, sample_every=500, save_every=500, evaluate_every=1000,
-    ),
     "navier_stokes": dict(
         run_name="navier_stokes", dataset="navier_stokes", lag=1, process="foellmer", base="condition",
         model_type="drift", target_type="drift", T_max=1.0, random_flip=False, model_channels=32,
@@ -243,6 +237,7 @@ PRESETS = {
         num_samples=2000, sample_every=1000, save_every=1000, evaluate_every=1000, evaluation_samples=5000,
     ),
 }
+PRESETS["digits_inpaint"] = PRESETS["digits_superres"] | dict(run_name="digits_inpaint", corruption="mask_box")
 
 
 def marks(cls):
