@@ -125,7 +125,7 @@ class PairedMixture:
         if cond is None:
             return self.alone(xt, t)
         m, c = cond[:, :-1], self.process.coefs(torch.as_tensor(t, dtype=torch.float64), 2)
-        return (without_mean(self.given(m)(xt - c.shift * m, t), c, self.kind, -m)).to(xt.dtype)
+        return without_mean(self.given(m)(xt - c.shift * m, t), c, self.kind, -m).to(xt.dtype)
 
 
 M = torch.tensor([[0.3, -0.4]], dtype=torch.float64)  # the mean of the base, in all checks
@@ -202,8 +202,9 @@ def conversion_error(process: Process):
     c, z = process.coefs(t, 2), process.interpolate(x0, torch.randn_like(x0), t).requires_grad_()
     y = {}
     for kind in PREDICTIONS:
-        net, _, cond, m = (field := given(process, kind, 64)).net, *field.given
-        y[kind] = without_mean(net(z + c.shift * m, t, None, cond), c, kind, m)
+        field = given(process, kind, 64)
+        _, cond, m = field.given
+        y[kind] = without_mean(field.net(z + c.shift * m, t, None, cond), c, kind, m)
     exact = y | {"score": torch.autograd.grad(data.log_prob(z, t).sum(), z)[0]}
     return worst((convert(y[kind], z, c, kind, to), exact[to]) for kind in y for to in y)
 

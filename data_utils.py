@@ -157,7 +157,7 @@ def cached_statistics(frames: Frames):
     files = [(os.path.abspath(path), os.path.getsize(path), os.path.getmtime(path)) for path in frames.names]
     if not files:
         return statistics(frames)
-    key = hashlib.sha256(json.dumps([files, frames.channels, frames.rows.tolist()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([files, frames.channels]).encode() + frames.rows.tobytes()).hexdigest()[:16]
     path = f"{CACHE}/statistics-{key}.json"
     if not os.path.exists(path):
         write_atomically(path, json.dumps(statistics(frames)))

@@ -8,6 +8,7 @@ the number of ranks or on accumulation, except through dropout, and a run that r
 import contextlib
 import math
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -197,19 +198,21 @@ class Regression(DiffusionTrainer):
     def loss(self, batch):
         """The squared error, mean over pixels: (B,) float32."""
         with autocast(self.config, self.device):
-            out = self.forward(torch.zeros_like(batch.x0), torch.ones_like(batch.t), batch.label, batch.cond).float()
-        out = out + BASES[self.config.base](batch.cond, self.spec.shape)
-        return (out - batch.x0).square().flatten(1).mean(1)
+            mean = self.mean(self.forward, self.config, batch.x0, batch.t, batch.label, batch.cond)
+        return (mean - batch.x0).square().flatten(1).mean(1)
 
     @staticmethod
-    def draw(config, spec, process, net, device, **arguments):
-        """The mean for each condition, as a network whose predicted x0 depends on nothing else: see build.draw_all."""
-        def mean(xt, t, label, cond):
-            m = BASES[config.base](cond, spec.shape)
-            return net(torch.zeros_like(xt), torch.ones_like(t), label, cond).float() + m
+    def mean(net, config, x, t, label, cond):
+        """The predicted mean, in the shape of x (B, ...): the network gets zeros for x, and ones for t."""
+        m = BASES[config.base](cond, x.shape[1:])
+        return net(torch.zeros_like(x), torch.ones_like(t), label, cond).float() + m
 
-        config = replace(config, model_type="x0", sampling_steps=1, grid="uniform", denoise=True, compile=False)
-        return draw_all(config, spec, RectifiedFlow(), mean, device, **arguments | {"sampler": "euler", "guide": None})
+    @classmethod
+    def draw(cls, config, spec, process, net, device, **arguments):
+        """The mean for each condition, as a network whose predicted x0 depends on nothing else: see build.draw_all."""
+        chosen = replace(config, model_type="x0", sampling_steps=1, grid="uniform", denoise=True, compile=False)
+        mean = partial(cls.mean, net, config)
+        return draw_all(chosen, spec, RectifiedFlow(), mean, device, **arguments | {"sampler": "euler", "guide": None})
 
 
 # What the setting `trainer` can name; training, sampling, evaluation and benchmark take the class from here.
