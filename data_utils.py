@@ -14,8 +14,8 @@ training for the conditions of its pictures.
 import functools
 import hashlib
 import itertools
-import json
 import os
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from conditions import CORRUPTIONS
-from fields import Frames, open_frames, shards, statistics, vorticity
+from fields import CHANNELS, Frames, Items, channels_first, open_frames, shards, statistics, vorticity
 from logging_utils import Progress
 from utils import (
     RowNoise,
@@ -42,12 +42,11 @@ from utils import (
 
 CACHE = os.path.join(os.path.dirname(__file__), "data", "cache")  # decoded image folders, simulations, statistics
 SPLITS = ("train", "test")
-CHANNELS = (1, 3, 4)  # that an image can have
 constant = functools.lru_cache(torch.tensor)  # copied to a device once, since each copy makes a GPU wait
 
 
 def scale(x: Tensor, mean, std) -> Tensor:
-    """Mean and standard deviation, of one or of all channels, shaped for x (B, C, ...)."""
+    """Mean and standard deviation, of one or of all channels shaped for x (B, C, ...)."""
     return constant((tuple(mean), tuple(std)), device=x.device).view(2, -1, *(1,) * (x.ndim - 2))
 
 
@@ -97,11 +96,11 @@ def with_ones(cond: Tensor) -> Tensor:
 
 @dataclass
 class Dataset:
-    data: np.ndarray | Frames  # (N, C, H, W) uint8 or float32, or (N, D) float32
+    data: np.ndarray | Items  # (N, C, H, W) uint8 or float32, or (N, D) float32
     labels: np.ndarray | None  # (N,) int64
     spec: DataSpec
     name: str = ""  # the random order depends on it, and on the seed
-    cond: np.ndarray | Frames | None = None  # (N, ...)
+    cond: np.ndarray | Items | None = None  # (N, ...)
     corruption: Callable | None = None  # a function of (x0, uniform) that makes the conditions instead
 
     def condition(self, x0: Tensor, cond: Tensor | None, uniform) -> Tensor | None:
@@ -125,44 +124,36 @@ def uniform_rows(rows, device, *keys):
     return lambda *shape: torch.special.ndtr(RowNoise(rows, shape, device, *keys)()).clamp(max=1 - 2**-24)
 
 
+def kept(name, key, write):
+    """The path in data/cache of what `write(file)` writes for this key. It is written unless it is there."""
+    path = f"{CACHE}/{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not os.path.exists(path):
+        write_atomically(path, write)
+    return path
+
+
 def as_arrays(data, what, source):
     """Anything that numpy.asarray takes -> images (N, C, H, W) uint8, fields or vectors float32; mean and std of both.
 
     Images are (N, H, W), (N, H, W, C) or (N, C, H, W), with C 1, 3 or 4. Raises UserError, which names `source`, if
-    they are something else, or not finite.
+    they are something else, or not finite. Statistics of files are kept in data/cache until a file changes.
     """
-    data = data if isinstance(data, Frames) else np.asarray(data)
-    ndim = len(data.shape)
-    if data.dtype == np.uint8 and ndim in (3, 4) and len(data):
-        images = data[..., None] if ndim == 3 else data
-        if images.shape[1] not in CHANNELS and not isinstance(data, Frames):
-            images = np.ascontiguousarray(np.moveaxis(images, 3, 1))
-        if images.shape[1] in CHANNELS:
-            return images, [127.5], [127.5]
-    elif ndim in (2, 4) and data.dtype.kind in "iuf" and 0 not in data.shape:
-        if isinstance(data, Frames):
-            return data, *cached_statistics(data)
-        if not (np.abs(data) <= np.finfo(np.float32).max).all():
-            raise UserError(f"{source}: {what} hold values that are not finite in float32: expected finite numbers; "
-                            "remove or scale these rows")
-        data, axes = data.astype(np.float32), (0, 2, 3)[: ndim - 1]
-        mean, std = data.mean(axes, dtype=np.float64).tolist(), data.std(axes, dtype=np.float64).tolist()
-        return data, mean, [value or 1.0 for value in std]
-    raise UserError(f"{source}: {what} are {data.dtype} of shape {data.shape}: expected vectors (N, D), fields "
-                    "(N, C, H, W) of floats, or uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1, 3 or 4")
-
-
-def cached_statistics(frames: Frames):
-    """`fields.statistics`, kept in data/cache if the frames are those of files, until a file changes."""
-    files = [(os.path.abspath(path), os.path.getsize(path), os.path.getmtime(path)) for path in frames.names]
-    if not files:
-        return statistics(frames)
-    key = hashlib.sha256(json.dumps([files, frames.channels]).encode() + frames.rows.tobytes()).hexdigest()[:16]
-    path = f"{CACHE}/statistics-{key}.json"
-    if not os.path.exists(path):
-        write_atomically(path, json.dumps(statistics(frames)))
-    with open(path) as file:
-        return json.load(file)
+    data = data if isinstance(data, Items) else channels_first(np.asarray(data))
+    images = data.dtype == np.uint8 and len(data.shape) == 4
+    if len(data.shape) not in (2, 4) or data.dtype.kind not in "iuf" or 0 in data.shape or (
+            images and data.shape[1] not in CHANNELS):
+        raise UserError(f"{source}: {what} are {data.dtype} of shape {data.shape}: expected vectors (N, D), fields "
+                        "(N, C, H, W) of floats, or uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1, 3 "
+                        "or 4")
+    if images:
+        return data, [127.5], [127.5]
+    if not getattr(data, "names", ()):
+        found = statistics(data, f"{source}: {what}")
+        return data if isinstance(data, Items) else data.astype(np.float32), *found
+    files = [(os.path.abspath(path), os.path.getsize(path), os.path.getmtime(path)) for path in data.names]
+    path = kept("statistics", f"{files} {data.channels} {zlib.crc32(data.rows)}",
+                lambda file: np.save(file, statistics(data, source)))
+    return data, *np.load(path).tolist()
 
 
 def as_labels(labels, n, source):
@@ -266,10 +257,8 @@ def navier_stokes(split) -> Dataset:
 
     See `fields.vorticity`. They are made in a minute, and kept in data/cache.
     """
-    path = f"{CACHE}/navier_stokes-{split}.npy"
-    if not os.path.exists(path):
-        made = vorticity((150, 15)[SPLITS.index(split)], 40, SPLITS.index(split))
-        write_atomically(path, lambda file: np.save(file, made))
+    number = SPLITS.index(split)
+    path = kept("navier_stokes", split, lambda file: np.save(file, vorticity((150, 15)[number], 40, number)))
     return make_dataset(Frames(list(np.load(path))), None)
 
 
@@ -316,7 +305,6 @@ def image_folder(data_dir, image_size, split) -> Dataset:
     if images.classes != classes:
         raise UserError(f"{folder} has the classes {', '.join(images.classes)}, and {folders['train']} has "
                         f"{', '.join(classes)}: expected the same")
-    cache = f"{CACHE}/{hashlib.sha256(listing.encode()).hexdigest()[:16]}-{image_size}"
 
     def write(file):
         decode = functools.partial(decode_image, size=image_size)
@@ -326,13 +314,12 @@ def image_folder(data_dir, image_size, split) -> Dataset:
                     file.write(image.tobytes())
                     progress.update()
 
-    if not os.path.exists(cache):
-        write_atomically(cache, write)
+    cache = kept("images", f"{image_size} {listing}", write)
     data = np.memmap(cache, np.uint8, "r", shape=(len(paths), 3, image_size, image_size))
     return make_dataset(data, labels, folder)
 
 
-def from_files(path, split, channels, lag) -> Dataset:
+def from_files(path, split, channels) -> Dataset:
     """A .npz file of `arr_0`, for labels `arr_1`, and for conditions `arr_2` or `cond`; or .npy files, without labels.
 
     These are a file of items, or a folder of files: trajectories (T, C, H, W) each. Conditions are in FILE_cond.npy, or
@@ -344,7 +331,7 @@ def from_files(path, split, channels, lag) -> Dataset:
         if not os.path.exists(root + suffix):
             raise UserError(f"there is no test split {root + suffix}: expected a file of the same kind as that for "
                             "training")
-    path = root + suffix
+    path, other = root + suffix, f"{root}_cond{suffix}"
     if suffix == ".npz":
         try:
             arrays = np.load(path, allow_pickle=False)
@@ -355,10 +342,8 @@ def from_files(path, split, channels, lag) -> Dataset:
         return make_dataset(Frames([data], [path], channels=channels)[:] if channels else data, labels, path, cond)
 
     def frames(path, channels=()):
-        opened = open_frames([path] if suffix else shards(path, split), channels)
-        return opened if lag or len(opened.shape) == 4 and opened.dtype != np.uint8 else opened[:]
+        return open_frames([path] if suffix else shards(path, split), channels)
 
-    other = f"{root}_cond{suffix}"
     return make_dataset(frames(path, channels), None, path, frames(other) if os.path.exists(other) else None)
 
 
@@ -377,30 +362,6 @@ def from_items(items, labels=None, cond=None) -> Dataset:
     dataset.labels, dataset.spec.num_classes = as_labels(labels, len(items), "from_items")
     dataset.data, dataset.cond = items, cond
     return dataset
-
-
-class Items:
-    """A map-style data set as an array: `items[rows]` reads these, one at a time."""
-
-    def __init__(self, source):
-        self.source = source
-        first = self[[0]]
-        self.dtype, self.shape = first.dtype, (len(source), *first.shape[1:])
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, rows):
-        rows = range(len(self))[rows] if isinstance(rows, slice) else rows
-        found = [np.asarray(x[0] if isinstance(x, tuple) else x) for x in (self.source[int(i)] for i in rows)]
-        if len(shapes := {x.shape for x in found}) > 1:
-            raise UserError(f"items have different shapes, {' and '.join(map(str, shapes))}: expected one, so resize "
-                            "them in __getitem__")
-        found = np.stack(found)
-        found = found[:, None] if found.ndim == 3 else found
-        if found.dtype == np.uint8 and found.ndim == 4 and found.shape[1] not in CHANNELS:
-            found = np.moveaxis(found, 3, 1)  # as PIL has them
-        return np.ascontiguousarray(found, np.uint8 if found.dtype == np.uint8 else np.float32)
 
 
 DATASETS = {
@@ -425,7 +386,7 @@ def load_dataset(name, data_dir="data", image_size=32, download=False, split="tr
     `settings` may hold its arguments. Raises UserError for an unknown name, and for data that are missing or bad.
     """
     if name.endswith((".npz", ".npy")) or os.path.isdir(name):
-        dataset = from_files(name, split, channels, lag)
+        dataset = from_files(name, split, channels)
     else:
         function = look_up(DATASETS | {"a FILE.npz or FILE.npy, or a FOLDER of .npy files": None}, name)
         if split == "test" and "split" not in parameters_of(function):
@@ -435,29 +396,30 @@ def load_dataset(name, data_dir="data", image_size=32, download=False, split="tr
         if channels:
             raise UserError(f"channels {channels}: expected with a FILE or FOLDER of fields, not with {name}")
     spec, dataset.name = dataset.spec, f"{name} {split}"
-    if dataset.cond is not None and (lag or corruption) or lag and corruption:
+    if (dataset.cond is not None) + (lag > 0) + bool(corruption) > 1:
         raise UserError(f"{name}: expected one condition, that of the data, --lag or --corruption, and not two")
     if lag:
-        if isinstance(dataset.data, Items):
+        if type(dataset.data) is Items:
             raise UserError(f"lag {lag} needs trajectories, and {name} is read item by item: give it pairs")
         frames = dataset.data if isinstance(dataset.data, Frames) else Frames([dataset.data], [name])
         dataset.data, dataset.cond = frames.lagged(lag)
         dataset.labels = None if dataset.labels is None else dataset.labels[dataset.data.rows]
         spec.cond_shape, spec.cond_mean, spec.cond_std = spec.shape, spec.mean, spec.std
     if corruption:
-        function = look_up(CORRUPTIONS, corruption)
+        function, C = look_up(CORRUPTIONS, corruption), spec.shape[0]
         dataset.corruption = lambda x0, uniform: call_with_settings(function, settings | {"uniform": uniform}, x0=x0)
         if len(spec.shape) != 3:
             raise UserError(f"corruption {corruption} is for images and fields, not for data of shape {spec.shape}")
         try:
-            example = dataset.conditions(np.arange(1), 0)
+            shape = dataset.conditions(np.arange(1), 0).shape[1:]
         except RuntimeError as error:
             raise UserError(f"corruption {corruption} fails on items of shape {spec.shape} ({first_line(error)}): use "
                             "another, or a smaller --downsample_factor") from error
-        spec.cond_shape = (example.shape[1] - 1, *example.shape[2:])
-        spec.cond_mean, spec.cond_std = (  # of the data's channels, and of a mask
-            (value * (spec.shape[0] // len(value)) + [of_mask])[: spec.cond_shape[0]]
-            for value, of_mask in ((spec.mean, 0.0), (spec.std, 1.0)))
+        spec.cond_shape = (shape[0] - 1, *shape[1:])  # of the data's channels, and perhaps a mask
+        spec.cond_mean, spec.cond_std = (((value * C)[:C] + [of_mask])[: shape[0] - 1]
+                                         for value, of_mask in ((spec.mean, 0.0), (spec.std, 1.0)))
+    dataset.data, dataset.cond = (x[:] if isinstance(x, Frames) and len(x.shape) == 2 else x
+                                  for x in (dataset.data, dataset.cond))
     return dataset
 
 
@@ -529,7 +491,7 @@ class Batches:
         return [None if x is None else torch.from_numpy(x[indices]) for x in (d.data, d.labels, d.cond)]
 
     def __call__(self, step, rows=slice(None)) -> list[Tensor | None]:
-        if not isinstance(self.dataset.data, Items):
+        if type(self.dataset.data) is not Items:
             return self[self.indices(step)[rows]]
         if self.following != (step, rows):
             order = (self.indices(later)[rows] for later in itertools.count(step))

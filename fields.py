@@ -1,8 +1,8 @@
-"""Fields on disk, read when they are needed, and a simulated one: two-dimensional turbulence.
+"""Arrays that are read when they are needed, so that data may be larger than memory; and a field that is simulated.
 
-A field is an item (C, H, W) of float32 numbers with any number of channels, such as the state of a simulation. `Frames`
-are rows of several arrays, such as trajectories (T, C, H, W) in files of their own. They behave as one array that is
-read row by row, so that data may be larger than memory.
+A field is an item (C, H, W) of float32 numbers with any number of channels, such as the state of a simulation. `Items`
+makes an array of what is read one item at a time, and `Frames` of the rows of several arrays, such as trajectories
+(T, C, H, W) in files of their own.
 """
 
 import math
@@ -16,12 +16,51 @@ import torch
 from logging_utils import Progress
 from utils import UserError, first_line
 
+CHANNELS = (1, 3, 4)  # that an image can have
 
-class Frames:
-    """`rows` (all by default) of arrays (T, ...) that lie one after the other, and some `channels` of each row.
 
-    `frames[rows]`, by a slice or an array of numbers, reads these rows: float32, or uint8 if the arrays are. Raises
-    UserError for channels that are not there.
+def channels_first(images: np.ndarray) -> np.ndarray:
+    """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) -> (N, C, H, W). Other arrays stay as they are."""
+    if images.dtype == np.uint8 and images.ndim == 3:
+        return images[:, None]
+    if images.dtype == np.uint8 and images.ndim == 4 and images.shape[1] not in CHANNELS and images.shape[3] in CHANNELS:
+        return np.ascontiguousarray(np.moveaxis(images, 3, 1))
+    return images
+
+
+class Items:
+    """Some `rows` (all by default) of a map-style data set as one array: `items[rows]` reads these, one at a time.
+
+    An item is a PIL image, an array (C, H, W), (H, W) or (D,), or a tuple that begins with one. What is read is float32
+    (N, ...), or uint8 if the items are, with the channels first. Raises UserError for items of different shapes.
+    """
+
+    def __init__(self, source, rows=None):
+        self.source, self.rows = source, np.arange(len(source)) if rows is None else rows
+        first = self[[0]]
+        self.dtype, self.shape = first.dtype, (len(self), *first.shape[1:])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, rows):
+        found = channels_first(self.read(self.rows[rows]))
+        found = found[:, None] if found.ndim == 3 else found
+        return found.astype(np.uint8 if found.dtype == np.uint8 else np.float32, copy=False)
+
+    def read(self, rows):
+        items = (self.source[int(i)] for i in rows)
+        found = [np.asarray(item[0] if isinstance(item, tuple) else item) for item in items]
+        if len(shapes := {x.shape for x in found}) > 1:
+            raise UserError(f"items have different shapes, {' and '.join(map(str, shapes))}: expected one, so resize "
+                            "them in __getitem__")
+        return np.stack(found)
+
+
+class Frames(Items):
+    """The rows of arrays (T, ...) that lie one after the other, and some `channels` of each row. `names` are the files.
+
+    Raises UserError for channels that are not there.
     """
 
     def __init__(self, arrays, names=(), rows=None, channels=()):
@@ -31,22 +70,18 @@ class Frames:
             raise UserError(f"channels {tuple(channels)} are not all there: {names[0]} {has}")
         self.arrays, self.names, self.channels = arrays, names, list(channels)
         self.starts = np.cumsum([0, *map(len, arrays)])
-        self.rows = np.arange(self.starts[-1]) if rows is None else rows
-        self.dtype = np.dtype(np.uint8 if arrays[0].dtype == np.uint8 else np.float32)
-        self.shape = (len(self.rows), *((len(self.channels),) if channels else arrays[0].shape[1:2]),
-                      *arrays[0].shape[2:])
+        super().__init__(range(self.starts[-1]), rows)
 
-    def __len__(self):
-        return len(self.rows)
+    def array_of(self, rows):
+        """The number of the array in which a row lies."""
+        return np.searchsorted(self.starts, rows, "right") - 1
 
-    def __getitem__(self, rows):
-        rows = self.rows[rows]
-        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        which = np.searchsorted(self.starts, rows, "right") - 1
+    def read(self, rows):
+        which, none = self.array_of(rows), self.arrays[0][:0][:, self.channels or ...]
+        found = np.empty((len(rows), *none.shape[1:]), none.dtype)
         for k in np.unique(which):
             array, own = self.arrays[k], which == k
-            items = array[rows[own] - self.starts[k]]
-            found[own] = items[:, self.channels] if self.channels else items
+            found[own] = array[rows[own] - self.starts[k]][:, self.channels or ...]
             if isinstance(array, np.memmap):  # what is mapped counts as memory of this process
                 array._mmap.madvise(mmap.MADV_DONTNEED)
         return found
@@ -81,32 +116,33 @@ def shards(folder, split) -> list[str]:
         paths = sorted(glob(f"{folder}/{split}/*.npy"))
     else:
         paths = sorted(glob(f"{folder}/*.npy"))
-        tested = -(-len(paths) // 10) if len(paths) > 1 else 0
-        paths = paths[len(paths) - tested :] if split == "test" else paths[: len(paths) - tested]
+        trained = len(paths) * 9 // 10 or len(paths)
+        paths = paths[trained:] if split == "test" else paths[:trained]
     if not paths:
         raise UserError(f"{folder} has no .npy files for the {split} split: expected one for each trajectory, in "
                         f"{folder}, or in {folder}/train and {folder}/test")
     return paths
 
 
-def statistics(frames: Frames):
-    """Mean and standard deviation of each channel, as lists, from one reading.
+def statistics(data, source):
+    """Mean and standard deviation (1 if it is 0) of each channel of data (N, C, ...), as lists, from one reading.
 
-    Raises UserError, which names the file, if a value is not finite.
+    Raises UserError, which names `source`, or the file of `Frames`, if a value is not finite in float32.
     """
-    sums, chunk = 0.0, max(1, 2**24 // math.prod(frames.shape[1:]))
-    axes = (0, *range(2, len(frames.shape)))
-    with Progress("mean and standard deviation", len(frames), "item") as progress:
-        for start in range(0, len(frames), chunk):
-            part = frames[start : start + chunk].astype(np.float64)
-            sums = sums + np.stack([part.sum(axes), (part**2).sum(axes)])
-            if not np.isfinite(sums).all():
-                bad = start + np.flatnonzero(~np.isfinite(part.reshape(len(part), -1)).all(1))[0]
-                file = np.searchsorted(frames.starts, frames.rows[bad], "right") - 1
-                raise UserError(f"{frames.names[file] if frames.names else 'the data'} holds values that are not finite"
-                                f", in item {bad}: expected finite numbers; remove or repair it")
+    sums, chunk = 0.0, max(1, 2**24 // math.prod(data.shape[1:]))
+    with Progress("mean and standard deviation", len(data), "item") as progress:
+        for start in range(0, len(data), chunk):
+            part = np.asarray(data[start : start + chunk], np.float64)
+            part = part.reshape(*part.shape[:2], -1)
+            wrong = ~(np.abs(part) <= np.finfo(np.float32).max).all((1, 2))
+            if wrong.any():
+                bad = start + wrong.argmax()
+                file = data.names[data.array_of(data.rows[bad])] if getattr(data, "names", ()) else source
+                raise UserError(f"{file}: item {bad} has values that are not finite in float32: expected finite "
+                                "numbers; remove or repair it")
+            sums = sums + np.stack([part.sum((0, 2)), (part**2).sum((0, 2))])
             progress.update(len(part))
-    mean, square = sums * frames.shape[1] / math.prod(frames.shape)
+    mean, square = sums * data.shape[1] / math.prod(data.shape)
     return mean.tolist(), [math.sqrt(v) or 1.0 for v in (square - mean**2).clip(0)]
 
 
@@ -114,20 +150,20 @@ def statistics(frames: Frames):
 
 
 def vorticity(trajectories, frames, seed, size=32, solved_at=64, interval=0.5, dt=0.01, viscosity=2e-3, drag=0.1,
-              stirring=1.0, rest=20.0, initial=None) -> np.ndarray:
+              stirring=1.0, rest=20.0, initial=0.0) -> np.ndarray:
     """Vorticity (trajectories, frames, 1, size, size) of a fluid on the torus [0, 2 pi]^2, stirred at random.
 
     dw + v . grad w dt = viscosity laplace w dt - drag w dt + dW (Chen et al. 2024, section 4, there with 256^2 points
     and viscosity 1e-3), where dW stirs waves of some 5 to 8 periods a side, without correlation in time. It is solved
     by Fourier series at solved_at^2 points without aliasing, in steps dt: by Heun's method for the transport, and
     exactly for the rest. Frames are `interval` apart, of the waves that size^2 points can show. The first comes this
-    long after `rest` from rest, or from the vorticity `initial` (solved_at, solved_at).
+    long after `rest`, a multiple of `interval`, from the vorticity `initial` (solved_at, solved_at).
     """
     generator, n = torch.Generator().manual_seed(seed), solved_at
     k = torch.fft.fftfreq(n, 1 / n)
     kx, ky = torch.meshgrid(k[: n // 2 + 1].abs(), k, indexing="xy")
-    square = kx**2 + ky**2
-    kept = (torch.maximum(kx, ky.abs()) < n / 3) & (square > 0)
+    square, highest = kx**2 + ky**2, torch.maximum(kx, ky.abs())
+    kept, shown = (highest < n / 3) & (square > 0), highest < size / 2
     slopes = 1j * torch.stack([kx, ky])
     to_velocity = torch.stack([slopes[1], -slopes[0]]) / square.clamp(min=1)  # by the stream function
     decay = torch.exp(-dt * (viscosity * square + drag))
@@ -136,23 +172,18 @@ def vorticity(trajectories, frames, seed, size=32, solved_at=64, interval=0.5, d
         velocity, slope = torch.fft.irfft2(to_velocity * w[:, None]), torch.fft.irfft2(slopes * w[:, None])
         return -torch.fft.rfft2((velocity * slope).sum(1)) * kept
 
-    x = torch.arange(n) * 2 * math.pi / n
-    x, y = x[None, :], x[:, None]
-    phases = torch.stack([6 * x + 0 * y, 7 * y + 0 * x, 5 * (x + y), 8 * (x + y)])
+    y, x = torch.meshgrid(*2 * [torch.arange(n) * 2 * math.pi / n], indexing="ij")
+    phases = torch.stack([6 * x, 7 * y, 5 * (x + y), 8 * (x + y)])
     waves = torch.fft.rfft2(torch.cat([phases.sin(), phases.cos()]))
-    w, found = torch.zeros(trajectories, *square.shape, dtype=torch.complex64), []
-    if initial is not None:
-        w = w + torch.fft.rfft2(initial)
-    start, every, half = round(rest / dt), round(interval / dt), size // 2
-    with Progress("solving Navier-Stokes", start + every * frames) as progress:
-        for step in range(1, start + every * frames + 1):
+    w, found, every = torch.fft.rfft2(torch.zeros(trajectories, n, n) + initial), [], round(interval / dt)
+    steps = round(rest / dt) + every * frames
+    with Progress("solving Navier-Stokes", steps) as progress:
+        for step in range(steps):
             slope = transport(w)
             ahead = decay * (w + dt * slope)
             kick = stirring * dt**0.5 * torch.randn(trajectories, len(waves), generator=generator)
             w = decay * (w + dt / 2 * slope) + dt / 2 * transport(ahead) + torch.einsum("bk,kij->bij", kick + 0j, waves)
-            if step > start and (step - start) % every == 0:
-                coarse = torch.cat([w[:, :half, :half + 1], w[:, -half:, : half + 1]], dim=1) * (size / n) ** 2
-                coarse[:, half], coarse[:, :, half] = 0, 0  # waves that size^2 points cannot tell from each other
-                found.append(torch.fft.irfft2(coarse))
+            if (step + 1) % every == 0:
+                found.append(torch.fft.irfft2(w * shown)[:, :: n // size, :: n // size])
             progress.update()
-    return torch.stack(found, 1)[:, :, None].numpy()
+    return torch.stack(found[-frames:], 1)[:, :, None].numpy()
