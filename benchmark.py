@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from build import autocast, check_run, formatted, uses_bf16
 from command_line import read_config, start
 from config import HERE, Config, Positive
-from data_utils import load_dataset, make_dataset
+from data_utils import Cases, load_dataset, make_dataset
 from distributed import on_rank0, print0, set_up, world_size
 from optimizers import take_step
 from sampling import SAMPLERS
@@ -192,7 +192,7 @@ def measure_sampling(trainer):
 
     for sampler in SAMPLERS:
         draw = functools.partial(trainer.draw, config, trainer.spec, trainer.process, net, trainer.device,
-                                 num=config.batch_size, labels=batch.label, sampler=sampler, cond=batch.cond)
+                                 Cases(config.batch_size, batch.label, batch.cond), sampler)
         try:
             calls, times = draw()[1], time_alternately({"call": repeated(call), "draw": repeated(draw)}, config)
             yield sampler, {"calls": calls, "images_per_s": config.batch_size / times["draw"],

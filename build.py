@@ -5,6 +5,7 @@ called as net(xt, t, label, cond), and give it a row in NETWORKS.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from command_line import signal_name, stop_requested
 from config import Config
 from couplings import COUPLINGS
-from data_utils import DataSpec
-from distributed import all_or_none, gather_rows, print0, share
+from data_utils import Cases, Dataset, DataSpec, load_dataset
+from distributed import all_or_none, gather_rows, print0, rank0_first, share
 from logging_utils import Progress
 from mlp import MLP
 from prediction import Preconditioned, convert, loss_weight, target
@@ -159,15 +160,30 @@ def formatted(config: Config, x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and config.channels_last else x
 
 
-def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device, *, num, labels: Tensor | None,
-             sampler, guide: nn.Module | None = None, cond: Tensor | None = None) -> tuple[Tensor, float]:
-    """Samples 0 to num - 1, of which each rank draws a share, and the mean network calls of one, on every rank's CPU.
+def read_data(config: Config, split="train", spec: DataSpec | None = None) -> Dataset:
+    """A split of the run's data, which rank 0 reads first, on the scale of `spec`, or its own. All ranks must call it.
 
-    Samples are decoded: uint8 images, or float fields or vectors (num, ...). `labels` (num,) and conditions `cond`
-    (num, ...), as `Dataset.condition` makes them, are theirs, in the same order. The settings of sampling are those of
-    `config`. `guide` is a network for autoguidance. If one rank fails, all raise UserError when all are done.
+    Raises UserError if it is missing, or not like data of this `spec`.
     """
-    rows = share(num)
+    dataset = rank0_first(lambda first: load_dataset(config.dataset, download=first, split=split, **vars(config)))
+    there = dataset.spec
+    if spec and ((there.shape, there.cond_shape) != (spec.shape, spec.cond_shape) or (
+            config.class_conditional and not 0 < there.num_classes <= spec.num_classes)):
+        raise UserError(f"the {split} split has items of shape {there.shape}, conditions of {there.cond_shape} and "
+                        f"{there.num_classes} classes, and the run was trained on {spec.shape}, {spec.cond_shape} and "
+                        f"{spec.num_classes}: set --data_dir to that of the run")
+    return replace(dataset, spec=spec or there)
+
+
+def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device, cases: Cases, sampler,
+             guide: nn.Module | None = None) -> tuple[Tensor, float]:
+    """Samples for the `cases`, of which each rank draws a share, and the mean network calls of one, on each rank's CPU.
+
+    Samples are decoded: uint8 images, or float fields or vectors (num, ...). The network gets the labels if it is
+    class_conditional. The settings of sampling are those of `config`. `guide` is a network for autoguidance. If one
+    rank fails, all raise UserError when all are done.
+    """
+    rows = share(cases.num)
     steps = config.sampling_steps * len(rows) / config.sampling_batch_size
     compiled = compiles(config, device, steps, SAMPLING_STEPS)
 
@@ -185,7 +201,8 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
 
     batches = call_with_settings(
         draw, {**vars(config), "guide": guide and watched(guide)}, net=watched(net), process=process, device=device,
-        rows=rows, shape=spec.shape, labels=labels, cond=cond, sampler=sampler, batch_size=config.sampling_batch_size)
+        rows=rows, shape=spec.shape, labels=cases.labels if config.class_conditional else None, cond=cases.cond,
+        sampler=sampler, batch_size=config.sampling_batch_size)
 
     def own_samples():
         samples, calls = [spec.decode(torch.empty(0, *spec.shape))], []  # of the right type, if this rank has no rows

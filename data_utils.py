@@ -94,6 +94,19 @@ def with_ones(cond: Tensor) -> Tensor:
     return torch.cat([cond, torch.ones_like(cond[:, :1])], dim=1)
 
 
+class Cases(NamedTuple):
+    """What `num` samples are drawn for: labels (num,) and conditions (num, ...), or None.
+
+    With conditions, `times` samples one after the other have the same, and `truth` (num / times, ...) are their items.
+    """
+
+    num: int
+    labels: Tensor | None = None
+    cond: Tensor | None = None
+    truth: Tensor | None = None
+    times: int = 1
+
+
 @dataclass
 class Dataset:
     data: np.ndarray | Items  # (N, C, H, W) uint8 or float32, or (N, D) float32
@@ -112,11 +125,19 @@ class Dataset:
             return with_ones(self.corruption(x0, uniform))
         return None if cond is None else self.spec.condition(cond)
 
-    def conditions(self, rows, seed) -> Tensor | None:
-        """The conditions of the items `rows` (an array); random parts are functions of the seed and the place there."""
-        stored = None if self.cond is None else torch.from_numpy(self.cond[rows])
-        x0 = self.spec.encode(torch.from_numpy(self.data[rows])) if self.corruption else None
-        return self.condition(x0, stored, uniform_rows(range(len(rows)), "cpu", seed, "corruption"))
+    def cases(self, rows, times=1) -> Cases:
+        """The labels and conditions of the items `rows` (an array), each repeated, and the items.
+
+        What is random in a condition is a function of the place in `rows`.
+        """
+        truth, labels, cond = self[rows]
+        cond = self.condition(self.spec.encode(truth), cond, uniform_rows(range(len(rows)), "cpu", "corruption"))
+        labels, cond = (x if x is None else x.repeat_interleave(times, 0) for x in (labels, cond))
+        return Cases(len(rows) * times, labels, cond, truth, times)
+
+    def __getitem__(self, rows) -> list[Tensor | None]:
+        """The items, labels and conditions `rows` (an array), as they are stored."""
+        return [x if x is None else torch.from_numpy(x[rows]) for x in (self.data, self.labels, self.cond)]
 
 
 def uniform_rows(rows, device, *keys):
@@ -411,7 +432,7 @@ def load_dataset(name, data_dir="data", image_size=32, download=False, split="tr
         if len(spec.shape) != 3:
             raise UserError(f"corruption {corruption} is for images and fields, not for data of shape {spec.shape}")
         try:
-            shape = dataset.conditions(np.arange(1), 0).shape[1:]
+            shape = dataset.cases(np.arange(1)).cond.shape[1:]
         except RuntimeError as error:
             raise UserError(f"corruption {corruption} fails on items of shape {spec.shape} ({first_line(error)}): use "
                             "another, or a smaller --downsample_factor") from error
@@ -423,27 +444,17 @@ def load_dataset(name, data_dir="data", image_size=32, download=False, split="tr
     return dataset
 
 
-# ---- Labels and conditions that are drawn for, and items that are trained on
+# ---- What samples are drawn for, and the items that are trained on
 
 
-class Cases(NamedTuple):
-    """What samples are drawn for: labels (num,) and conditions (num, ...), or None; `truth` (n, ...) are their items.
-
-    With conditions each item has `num / n` samples, one after the other. Without, there are no items.
+def cases(dataset: Dataset, num, samples_per_cond, class_conditional) -> Cases:
+    """What `num` samples are drawn for: labels in the proportions of the data set; or, if this has conditions, those of
+    items that are spread over it, `samples_per_cond` for each.
     """
-
-    labels: Tensor | None = None
-    cond: Tensor | None = None
-    truth: Tensor | None = None
-
-
-def cases(dataset: Dataset, num, samples_per_cond, seed=0) -> Cases:
-    """Conditions and labels of items that are spread over the data set, for `num` samples, or of one item if more."""
+    if not dataset.spec.cond_shape:
+        return Cases(num, spread_labels(dataset.labels, num) if class_conditional else None)
     rows = np.linspace(0, len(dataset.data) - 1, max(1, num // samples_per_cond)).astype(int)
-    labels = None if dataset.labels is None else torch.from_numpy(dataset.labels[rows])
-    repeated = (None if x is None else x.repeat_interleave(samples_per_cond, 0)
-                for x in (labels, dataset.conditions(rows, seed)))
-    return Cases(*repeated, torch.from_numpy(dataset.data[rows]))
+    return dataset.cases(rows, samples_per_cond)
 
 
 def spread_labels(labels: np.ndarray, n) -> Tensor:
@@ -485,17 +496,13 @@ class Batches:
             epoch_order(n, self.seed, epoch, self.dataset.name)[max(first - epoch * n, 0) : last - epoch * n]
             for epoch in range(first // n, -(-last // n))])
 
-    def __getitem__(self, indices) -> list[Tensor | None]:
-        """The items, labels and conditions of these indices."""
-        d = self.dataset
-        return [None if x is None else torch.from_numpy(x[indices]) for x in (d.data, d.labels, d.cond)]
-
     def __call__(self, step, rows=slice(None)) -> list[Tensor | None]:
         if type(self.dataset.data) is not Items:
-            return self[self.indices(step)[rows]]
+            return self.dataset[self.indices(step)[rows]]
         if self.following != (step, rows):
             order = (self.indices(later)[rows] for later in itertools.count(step))
-            self.loader = iter(torch.utils.data.DataLoader(self, None, sampler=order, num_workers=self.num_workers))
+            loader = torch.utils.data.DataLoader(self.dataset, None, sampler=order, num_workers=self.num_workers)
+            self.loader = iter(loader)
         self.following = step + 1, rows
         try:
             return next(self.loader)

@@ -24,13 +24,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from build import read_data
 from command_line import fail, parse, start
 from conditions import CORRUPTIONS
 from config import HERE, NotNegative, Positive, Within
 from couplings import COUPLINGS
-from data_utils import Cases, Dataset, spread_labels
+from data_utils import Cases, Dataset
 from distributed import all_or_none, gather_rows, on_rank0, print0, set_up, share, world_size
 from likelihood import bits_per_dim, log_likelihoods
 from logging_utils import (
@@ -40,7 +40,6 @@ from logging_utils import (
     log_plot,
     log_to_wandb,
     picture_of,
-    picture_of_cases,
     save_picture,
     start_wandb,
 )
@@ -84,21 +83,19 @@ class Evaluation(Loaded):
         super().__init__(options, device)
         config, spec = self.config, self.spec
         options.num = options.num or (1000 if spec.is_image else 5000)
-        self.data = {"train": self.read("train")}
+        self.data = {"train": read_data(config, "train", spec)}
         try:
-            self.data["test"] = all_or_none(lambda: self.read("test"))
+            self.data["test"] = all_or_none(lambda: read_data(config, "test", spec))
         except UserError as error:
             if options.reference == "test":
                 raise
             print0(f"what needs a test split is left out: {error}")
         train, reference = self.data["train"], self.data[options.reference]
-        self.given = Cases(spread_labels(train.labels, options.num) if config.class_conditional else None)
-        if spec.cond_shape:
-            self.given = self.cases(self.data.get("test", train), options.num)
-            options.num, K = len(self.given.cond), config.samples_per_cond
-            if options.num < LEAST * K:
-                raise UserError(f"{options.num} samples are those of {options.num // K} conditions: expected {LEAST} "
-                                f"or more; use --num {LEAST * K}, or fewer --samples_per_cond")
+        self.given = self.cases(self.data.get("test", train) if spec.cond_shape else train, options.num)
+        options.num, times = self.given.num, self.given.times
+        if options.num < LEAST * times:
+            raise UserError(f"{options.num} samples are those of {options.num // times} conditions: expected {LEAST} "
+                            f"or more; use --num {LEAST * times}, or fewer --samples_per_cond")
         if spec.is_image:
             colour = spec.shape[0] >= 3 and min(spec.shape[1:]) >= 32
             options.extractor = options.extractor or ("inception" if colour else "classifier")
@@ -110,7 +107,7 @@ class Evaluation(Loaded):
             "step": self.state["step"], "options": vars(options), "config": vars(config),
             "protocol": {  # what must be the same before two figures are compared
                 "samples": options.num, "labels": config.class_conditional,
-                "samples_per_cond": config.samples_per_cond if spec.cond_shape else None,
+                "samples_per_cond": times if spec.cond_shape else None,
                 "reference": {"split": options.reference, "items": len(reference.data),
                               "sha256": on_rank0(lambda: content(reference.data))},
                 "extractors": {type(network).__name__: network.sha256 for network in
@@ -129,11 +126,9 @@ class Evaluation(Loaded):
         """The metrics of samples that were drawn for these labels and conditions."""
         return self.evaluator(samples, given.labels, given.truth)
 
-    def random_items(self, dataset: Dataset, n) -> tuple[Tensor, Cases]:
-        """n random items, or all if there are fewer, always the same, and their labels and conditions."""
-        rows = np.random.default_rng(0).permutation(len(dataset.data))[:n]
-        labels = torch.from_numpy(dataset.labels[rows]) if self.config.class_conditional else None
-        return torch.from_numpy(dataset.data[rows]), Cases(labels, dataset.conditions(rows, 0))
+    def random_items(self, dataset: Dataset, n) -> Cases:
+        """n random items, or all if there are fewer, always the same, with their labels and conditions."""
+        return dataset.cases(np.random.default_rng(0).permutation(len(dataset.data))[:n])
 
     def save(self):
         """Writes the card and the pictures. All ranks must call it."""
@@ -172,9 +167,10 @@ def distances(e: Evaluation):
     """The metrics over the seeds, and those of real data, which show what a perfect model would get."""
     sets, options = [], e.options
     for seed in range(options.seed, options.seed + options.seeds):
-        e.samples, e.card["nfe"] = e.draw(options.num, e.given, seed=seed)
+        e.samples, e.card["nfe"] = e.draw(e.given, seed=seed)
         sets.append(e.evaluate(e.samples, e.given))
-    e.pictures["samples"] = picture_of(e.samples[: 100 if len(e.spec.shape) == 3 else 2000], e.data["train"].data)
+    shown = e.samples[: 100 if len(e.spec.shape) == 3 else 2000]
+    e.pictures["samples"] = picture_of(shown, data=e.data["train"].data, cases=e.given, spec=e.spec)
     e.card["real"] = real = real_data(e)
     print0(title(e.card))
     for name in sets[0]:
@@ -199,10 +195,10 @@ def real_data(e: Evaluation):
         dataset, reference = (replace(train, data=train.data[k::2]) for k in (0, 1))
         evaluator = Evaluator(train, reference, e.device, e.options.extractor)
         what = "one half of the training split, against the other"
-    items, given = e.random_items(dataset, e.options.num)
+    items = e.random_items(dataset, e.options.num)
     # of the training split, the classifier has learned the labels
-    known = given.labels if dataset is e.data.get("test") else None
-    return {"items": len(items), "what": what, "metrics": evaluator(items, known)}
+    known = e.given.labels is not None and dataset is e.data.get("test")
+    return {"items": items.num, "what": what, "metrics": evaluator(items.truth, items.labels if known else None)}
 
 
 # ---- Forecasts
@@ -217,8 +213,8 @@ def forecasts(e: Evaluation):
     given, spec, config = e.given, e.spec, e.config
     if given.cond is None:
         return
-    found, every = {}, slice(None, None, config.samples_per_cond)
-    one = Cases(*(None if x is None else x[every] for x in given[:2]), given.truth)
+    found, labels = {}, None if given.labels is None else given.labels[:: given.times]
+    one = Cases(len(given.truth), labels, given.cond[:: given.times], given.truth)
     if given.cond.ndim == len(spec.shape) + 1 and spec.cond_shape[0] >= spec.shape[0]:
         found["persistence" if config.lag else "condition"] = spec.decode(first_channels(one.cond, spec.shape))
     if e.options.regression:
@@ -226,18 +222,17 @@ def forecasts(e: Evaluation):
         if run.config.trainer != "regression" or run.spec != spec:
             raise UserError(f"{e.options.regression} is no regression for these data: train one with the settings of "
                             "this run and --trainer regression")
-        found["regression"] = run.draw(len(one.cond), one)[0]
+        found["regression"] = run.draw(one)[0]
     e.card["forecasts"] = {name: e.evaluate(samples, one) for name, samples in found.items()}
-    if len(spec.shape) == 3:
-        e.pictures["cases"] = picture_of_cases(e.samples, given, spec, config.samples_per_cond)
+    found = {"samples": e.samples, **found}
     corruption = CORRUPTIONS.get(config.corruption)
     if corruption and "uniform" not in parameters_of(corruption):
-        for name, samples, cond in (("samples", e.samples, given.cond), *((n, x, one.cond) for n, x in found.items())):
-            error = call_with_settings(corruption, vars(config), x0=spec.encode(samples)) - cond[:, :-1]
+        for name, samples in found.items():
+            cond = given.cond[:: given.num // len(samples), :-1]
+            error = call_with_settings(corruption, vars(config), x0=spec.encode(samples)) - cond
             e.card["forecasts"].setdefault(name, {})["consistency"] = error.square().mean().sqrt().item()
     if spec.is_field:
-        fields = {"truth": given.truth, "samples": e.samples, **found}
-        powers = {name: spectrum(x).numpy() for name, x in fields.items()}
+        powers = {name: spectrum(x).numpy() for name, x in {"truth": given.truth, **found}.items()}
         e.pictures["spectrum"] = log_plot({name: (range(1, len(power) + 1), power) for name, power in powers.items()},
                                           xlabel="wavenumber", ylabel="power", xscale="log")
     for name, values in e.card["forecasts"].items():
@@ -252,12 +247,13 @@ def likelihood(e: Evaluation):
     test, spec = e.data.get("test"), e.spec
     if not test or not e.options.likelihood_num or e.process.at(e.config.T_max).sigma == 0:  # no density at a point
         return
-    items, given = e.random_items(test, e.options.likelihood_num)
-    dims, rows, parts = math.prod(spec.shape), share(len(items)), [torch.empty(0)]
+    items = e.random_items(test, e.options.likelihood_num)
+    dims, rows, parts = math.prod(spec.shape), share(items.num), [torch.empty(0)]
     probe, bin_width = "exact" if dims <= 16 else "rademacher", 1 / spec.std[0] if spec.is_image else 0.0
     settings = vars(e.config) | dict(
-        net=e.net, process=e.process, data=spec.encode(items), rows=rows, device=e.device, probe=probe,
-        labels=given.labels, cond=given.cond, bin_width=bin_width, guidance_scale=1.0)
+        net=e.net, process=e.process, data=spec.encode(items.truth), rows=rows, device=e.device, probe=probe,
+        labels=items.labels if e.config.class_conditional else None, cond=items.cond, bin_width=bin_width,
+        guidance_scale=1.0)
     with Progress("likelihood", len(rows), "item") as progress:
         for log_p in log_likelihoods(**settings):
             parts.append(log_p.cpu())
@@ -347,7 +343,7 @@ def curve(e: Evaluation):
         for k, steps in enumerate(sorted(e.options.curve), 1):
             changes = {"rtol": 10.0**-k, "atol": 10.0**-k} if name == "dopri5" else {"sampling_steps": steps}
             try:
-                samples, nfe = e.draw(e.options.num, e.given, sampler=name, **changes)
+                samples, nfe = e.draw(e.given, sampler=name, **changes)
                 values = e.evaluate(samples, e.given)
             except UserError as error:
                 print0(f"{name} with {steps} steps is left out: {error}")

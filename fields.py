@@ -21,11 +21,11 @@ CHANNELS = (1, 3, 4)  # that an image can have
 
 def channels_first(images: np.ndarray) -> np.ndarray:
     """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) -> (N, C, H, W). Other arrays stay as they are."""
-    if images.dtype == np.uint8 and images.ndim == 3:
-        return images[:, None]
-    if images.dtype == np.uint8 and images.ndim == 4 and images.shape[1] not in CHANNELS and images.shape[3] in CHANNELS:
-        return np.ascontiguousarray(np.moveaxis(images, 3, 1))
-    return images
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        return images
+    images = images[:, None] if images.ndim == 3 else images
+    last = images.shape[1] not in CHANNELS and images.shape[3] in CHANNELS
+    return np.ascontiguousarray(np.moveaxis(images, 3, 1)) if last else images
 
 
 class Items:

@@ -279,31 +279,28 @@ def coloured(fields, columns):
     return torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2)
 
 
-def picture_of(samples, data=None, columns=None):
+def picture_of(samples, columns=None, data=None, cases=None, spec=None):
     """A picture of samples: uint8 images or fields (N, C, H, W) in `columns`, or vectors (N, D), beside data (M, D).
 
-    Without `columns` the grid is a square.
+    Without `columns` the grid is a square. If `cases` (`data_utils.Cases`, of data with this `spec`) have conditions, a
+    row is a condition, if it is an image, its samples, and the truth, if known. Of a condition the channels of the data
+    are shown, or the first one for all of these.
     """
     if samples.ndim == 2:
         return scatter_plot(samples, None if data is None else data[:2000])
+    if cases and cases.cond is not None:
+        rows = min(16, len(samples) // cases.times)
+        parts = [samples[: rows * cases.times].unflatten(0, (rows, -1))]
+        if cases.cond.ndim == 4:
+            channels = [min(k, cases.cond.shape[1] - 2) for k in range(spec.shape[0])]
+            shown = enlarged(cases.cond[:: cases.times][:rows, channels], spec.shape[1:], "nearest")
+            parts.insert(0, spec.decode(shown)[:, None])
+        if cases.truth is not None:
+            parts.append(cases.truth[:rows, None])
+        grid = torch.cat(parts, dim=1)
+        samples, columns = grid.flatten(0, 1), grid.shape[1]
     columns = columns or max(1, round(len(samples) ** 0.5))
     return image_grid(coloured(samples, columns) if samples.is_floating_point() else samples, columns)
-
-
-def picture_of_cases(samples, cases, spec, samples_per_cond, rows=16):
-    """Samples (N, C, H, W) of `data_utils.Cases`, a row for a condition: it, if it is an image, samples, and the truth.
-
-    Of conditions the channels of the data are shown, or the first one for all of these.
-    """
-    parts = [samples.unflatten(0, (-1, samples_per_cond))]
-    if cases.cond.ndim == 4:
-        channels = [min(k, cases.cond.shape[1] - 2) for k in range(spec.shape[0])]
-        shown = enlarged(cases.cond[::samples_per_cond, channels], spec.shape[1:], "nearest")
-        parts.insert(0, spec.decode(shown)[:, None])
-    if cases.truth is not None:
-        parts.append(cases.truth[:, None])
-    grid = torch.cat([part[:rows] for part in parts], dim=1)
-    return picture_of(grid.flatten(0, 1), columns=grid.shape[1])
 
 
 def log_plot(lines, level=None, **settings):

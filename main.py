@@ -10,17 +10,15 @@ from command_line import in_short, read_config, start
 def main(arguments: list[str]):
     config = read_config(arguments)
 
-    from distributed import print0, rank0_first, set_up, world_size
+    from distributed import print0, set_up, world_size
 
     with set_up(config.device, config.tf32, config.timeout, config.cudnn_benchmark) as device:
-        from build import check_run
-        from data_utils import load_dataset
+        from build import check_run, read_data
         from trainer import TRAINERS
 
         print0(f"{config.run_name} on {world_size()} x {device.type}\n{in_short(config)}")
         check_run(config, device)
-        dataset = rank0_first(lambda first: load_dataset(config.dataset, download=first, **vars(config)))
-        TRAINERS[config.trainer](config, dataset, device).train()
+        TRAINERS[config.trainer](config, read_data(config), device).train()
 
 
 if __name__ == "__main__":

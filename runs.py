@@ -6,12 +6,13 @@ drawn or saved at a step is a function of the state at that step: a run that res
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import os
 import statistics
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -19,14 +20,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import saving
-from build import TRAINING_STEPS, compiles
+from build import TRAINING_STEPS, compiles, read_data
 from config import Config, marks
-from data_utils import Cases, DataSpec, cases, load_dataset, spread_labels
-from distributed import agreed_stop, all_or_none, gather_rows, on_rank0, print0, rank, rank0_first, world_size
+from data_utils import Cases, DataSpec, cases
+from distributed import agreed_stop, all_or_none, gather_rows, on_rank0, print0, rank, world_size
 from ema import EMA
-from logging_utils import Logger, picture_of, picture_of_cases
+from logging_utils import Logger, picture_of
 from optimizers import make_optimizer
-from utils import UserError, warn
+from utils import UserError, call_with_settings, warn
 
 
 def means(rows: Tensor):
@@ -54,8 +55,7 @@ class Run:
         self.window, self.norms = [torch.zeros(0, 4, device=device)], []
         self.skipped = 0  # steps in a row until now that were not finite
         self.saved_step, self.save_failed = None, False  # step of the last checkpoint; whether the last try failed
-        # the first two are made when they are needed, the third on rank 0 alone
-        self.evaluator = self.held_out = self.logger = None
+        self.evaluator = self.logger = None  # made when it is needed; made on rank 0 alone
 
         parameters = sum(p.numel() for p in self.net.parameters())
         print0(f"{len(self.dataset.data):,} items of shape {self.spec.shape}, {config.network} of {parameters:,} "
@@ -113,12 +113,10 @@ class Run:
             on_rank0(lambda: self.logger.log(self.step, values))
         self.restart_clock()
 
-    def picture(self, items: Tensor, shown=None):
+    def picture(self, items: Tensor, drawn_for=None):
         """A picture of samples or data: a grid of images, by class if these are few, or a scatter plot of points."""
-        if shown and shown.cond is not None and items.ndim == 4:
-            return picture_of_cases(items, shown, self.spec, self.config.samples_per_cond)
         few = self.config.class_conditional and self.spec.num_classes <= 16
-        return picture_of(items, self.dataset.data, self.spec.num_classes if few else None)
+        return picture_of(items, self.spec.num_classes if few else None, self.dataset.data, drawn_for, self.spec)
 
     def show_data(self):
         """Saves a picture of the items of the first batch, repeated if there are more samples in a grid."""
@@ -129,26 +127,23 @@ class Run:
     def picture_path(self, weights, sampler):
         return f"{self.folder}/samples/{weights}_{sampler}_{self.step:07d}.png"
 
-    def cases(self, num, labels: Tensor | None) -> Cases:
-        """What `num` samples are drawn for: labels, or conditions of the test split, or of the training split."""
-        if not self.spec.cond_shape:
-            return Cases(labels)
-        config = self.config
-        if not self.held_out:
-            self.held_out = self.dataset
+    @functools.cached_property
+    def held_out(self):
+        """The test split, for whose conditions there are samples; the training split, if there is none or no condition.
+        """
+        if self.spec.cond_shape:
             with contextlib.suppress(UserError):
-                test = all_or_none(lambda: rank0_first(lambda first: load_dataset(
-                    config.dataset, download=first, split="test", **vars(config))))
-                if (test.spec.shape, test.spec.cond_shape) == (self.spec.shape, self.spec.cond_shape):
-                    self.held_out = replace(test, spec=self.spec)
-        return cases(self.held_out, num, config.samples_per_cond, config.seed)
+                return all_or_none(lambda: read_data(self.config, "test", self.spec))
+        return self.dataset
 
-    def samples(self, weights, sampler, cases: Cases, num) -> Tensor:
+    def cases(self, num) -> Cases:
+        """Labels and conditions of `num` samples."""
+        return call_with_settings(cases, vars(self.config), dataset=self.held_out, num=num)
+
+    def samples(self, weights, sampler, cases: Cases) -> Tensor:
         """Decoded samples, of which each rank draws its share."""
         net = self.net if weights == "raw" else self.ema.net
-        return self.draw(self.config, self.spec, self.process, net, self.device, sampler=sampler,
-                         num=num if cases.cond is None else len(cases.cond), cond=cases.cond,
-                         labels=cases.labels if self.config.class_conditional else None)[0]
+        return self.draw(self.config, self.spec, self.process, net, self.device, cases, sampler)[0]
 
     def sample_and_evaluate(self):
         """Draws grids and evaluates, if due after this step and not done yet. A signal breaks this off."""
@@ -166,30 +161,29 @@ class Run:
     def sample(self):
         """Grids by both samplers, of raw and EMA weights, with the same noise and labels in all grids of a run."""
         config = self.config
-        labels = torch.arange(config.num_samples) % self.spec.num_classes if config.class_conditional else None
         samplers = dict.fromkeys(filter(None, (config.sampler, config.sde_sampler)))
-        shown = self.cases(config.num_samples, labels)
+        drawn_for = self.cases(config.num_samples)
+        if config.class_conditional and drawn_for.cond is None:
+            drawn_for = drawn_for._replace(labels=torch.arange(config.num_samples) % self.spec.num_classes)
         self.net.eval()
         for weights, sampler in itertools.product(("raw", "ema"), samplers):
             path = self.picture_path(weights, sampler)
             if on_rank0(lambda path=path: os.path.exists(path)):
                 continue
             with self.failures_reported(f"grid of {weights} weights by {sampler}"):
-                samples = self.samples(weights, sampler, shown, config.num_samples)
+                samples = self.samples(weights, sampler, drawn_for)
                 on_rank0(lambda name=f"{weights}_{sampler}", samples=samples, path=path: self.logger.picture(
-                    self.step, name, self.picture(samples, shown), path))
+                    self.step, name, self.picture(samples, drawn_for), path))
         self.net.train()
 
     def evaluate(self):
         """A line of metrics of samples of the EMA weights against the training split."""
         from metrics import Evaluator
 
-        config = self.config
-        labels = spread_labels(self.dataset.labels, config.evaluation_samples) if config.class_conditional else None
         with self.failures_reported("evaluation"):
             self.evaluator = self.evaluator or Evaluator(self.dataset, self.dataset, self.device)
-            drawn_for = self.cases(config.evaluation_samples, labels)
-            samples = self.samples("ema", config.sampler, drawn_for, config.evaluation_samples)
+            drawn_for = self.cases(self.config.evaluation_samples)
+            samples = self.samples("ema", self.config.sampler, drawn_for)
             values = self.evaluator(samples, drawn_for.labels, drawn_for.truth)
             on_rank0(lambda: self.logger.log(self.step, values, kind="evaluation"))
 

@@ -11,7 +11,6 @@ Sample i is a function of the seed and i, to rounding: neither the batch size no
 """
 
 import copy
-import functools
 import math
 import os
 from dataclasses import dataclass, replace
@@ -22,16 +21,16 @@ import torch
 from torch import Tensor
 
 import saving
-from build import build, check_settings
+from build import build, check_settings, read_data
 from command_line import fail, optional_settings, parse, start
 from config import Config, NotNegative, Positive, Within, out_of_range
 from data_utils import Cases, Dataset, DataSpec, cases, load_dataset
-from distributed import gather_rows, on_rank0, print0, rank0_first, set_up
-from logging_utils import image_grid, picture_of, picture_of_cases, save_picture
+from distributed import gather_rows, on_rank0, print0, set_up
+from logging_utils import coloured, image_grid, picture_of, save_picture
 from processes import PROCESSES
 from sampling import make_grid
 from trainer import TRAINERS
-from utils import UserError, first_line, look_up, make_seed, parameters_of, write_atomically
+from utils import UserError, call_with_settings, look_up, make_seed, parameters_of, write_atomically
 
 FRAMES = 50  # most frames of a trajectory, before the samples themselves
 
@@ -111,47 +110,25 @@ class Loaded:
             raise UserError("guidance_scale needs a network trained with label_dropout or cond_dropout above 0, or a "
                             "--guide: use --guidance_scale 1")
 
-    def read(self, split) -> Dataset:
-        """A split of the run's data. Raises UserError if it is missing, or of another shape."""
-        c, spec = self.config, self.spec
-        data = rank0_first(lambda first: load_dataset(c.dataset, download=first, split=split, **vars(c)))
-        there = data.spec
-        if (there.shape, there.cond_shape) != (spec.shape, spec.cond_shape) or (
-                c.class_conditional and not 0 < there.num_classes <= spec.num_classes):
-            raise UserError(f"{self.options.ckpt} is of items of shape {spec.shape}, conditions of {spec.cond_shape} "
-                            f"and {spec.num_classes} classes, and the {split} split here of {there.shape}, "
-                            f"{there.cond_shape} and {there.num_classes}: set --data_dir to that of the run")
-        return replace(data, spec=spec)
-
     def cases(self, data: Dataset, num) -> Cases:
-        """Conditions of items of these data for `num` samples, `samples_per_cond` of each."""
-        return cases(data, num, self.config.samples_per_cond)
+        """What `num` samples are drawn for, with conditions of items of these data."""
+        return call_with_settings(cases, vars(self.config), dataset=data, num=num)
 
-    def draw(self, num, given: Cases, **changes) -> tuple[Tensor, float]:
-        """Samples 0 to num - 1 with these `changes` of the settings, drawn by the run's trainer: see build.draw_all.
-
-        `given` are their labels and conditions.
-        """
+    def draw(self, cases: Cases, **changes) -> tuple[Tensor, float]:
+        """Samples for these cases, with `changes` of the settings, drawn by the run's trainer: see build.draw_all."""
         config = replace(self.config, **changes)
         return look_up(TRAINERS, config.trainer).draw(
-            config, self.spec, self.process, self.net, self.device, num=num, cond=given.cond,
-            labels=given.labels if config.class_conditional else None, sampler=config.sampler, guide=self.guide)
+            config, self.spec, self.process, self.net, self.device, cases, config.sampler, self.guide)
 
 
 def conditions_of(path, run: Loaded) -> Cases:
     """Conditions in a file, each for `samples_per_cond` samples. Raises UserError if they are not such as the run's."""
-    shape = run.spec.cond_shape
-    try:
-        stored = np.load(path, allow_pickle=False)
-        stored = stored if isinstance(stored, np.ndarray) else stored["arr_0"]
-    except Exception as error:  # a damaged file fails in many ways
-        why = first_line(error)
-        raise UserError(f"cannot read {path} ({why}): expected a .npy file, or a .npz file with arr_0") from error
-    if not shape or stored.shape[1:] != shape or stored.dtype.kind not in "iuf" or not np.isfinite(stored).all():
-        raise UserError(f"{path} holds {stored.dtype} of shape {stored.shape}: the network takes "
-                        + (f"finite numbers of shape {('N', *shape)}" if shape else "no condition"))
-    cond = run.spec.condition(torch.from_numpy(stored))
-    return Cases(None, cond.repeat_interleave(run.config.samples_per_cond, 0))
+    data, shape, times = load_dataset(path), run.spec.cond_shape, run.config.samples_per_cond
+    if data.spec.shape != shape:
+        raise UserError(f"{path} holds items of shape {data.spec.shape}, and the network takes "
+                        + (f"conditions of shape {shape}" if shape else "no condition"))
+    cond = run.spec.condition(torch.from_numpy(data.data[:])).repeat_interleave(times, 0)
+    return Cases(len(cond), cond=cond, times=times)
 
 
 def rollout(run: Loaded, given: Cases, steps) -> Tensor:
@@ -162,7 +139,7 @@ def rollout(run: Loaded, given: Cases, steps) -> Tensor:
     states = []
     for step in range(steps):
         seed = make_seed(run.options.seed, "rollout", step) % 2**32 if step else run.options.seed
-        states.append(run.draw(len(given.cond), given, seed=seed)[0])
+        states.append(run.draw(given, seed=seed)[0])
         given = given._replace(cond=run.spec.condition(states[-1]))
     return torch.stack(states, dim=1)
 
@@ -170,8 +147,8 @@ def rollout(run: Loaded, given: Cases, steps) -> Tensor:
 # ---- From noise to data
 
 
-def trajectory(run: Loaded, num, given: Cases) -> Tensor:
-    """The first samples on their way, decoded, (F, num, ...): at up to FRAMES times of the grid, and then the samples.
+def trajectory(run: Loaded, given: Cases) -> Tensor:
+    """Samples on their way, decoded, (F, num, ...): at up to FRAMES times of the grid, and then the samples.
 
     The state at a time is what the network gets in the call at the nearest time; of several calls at one time, in the
     last. So it suits any sampler. Where sigma is above 1, the state is divided by it: noise of standard deviation 80
@@ -185,13 +162,13 @@ def trajectory(run: Loaded, num, given: Cases) -> Tensor:
         return run.net(xt, t, label, cond)
 
     recording.net = recorded
-    samples, _ = recording.draw(num, given, compile=False, sampling_batch_size=num)
+    samples, _ = recording.draw(given, compile=False, sampling_batch_size=given.num)
     states = states or {0.0: samples[:0]}  # of a rank that has no share
     times = make_grid(**vars(run.config) | {"n": run.config.sampling_steps, "process": run.process})[:-1]
     calls = [min(states, key=lambda call: abs(call - time)) for time in times[:: math.ceil(len(times) / FRAMES)]]
     frames = [*(gather_rows(states[call]) for call in calls), samples]
-    if min(map(len, frames)) < num:
-        raise UserError(f"too little memory to draw {num} samples of a trajectory at once: use a smaller --num")
+    if min(map(len, frames)) < given.num:
+        raise UserError(f"too little memory to draw {given.num} samples of a trajectory at once: use a smaller --num")
     return torch.stack(frames)
 
 
@@ -202,8 +179,7 @@ def save_trajectory(states: Tensor, spec: DataSpec, path):
     deviations. There are few colours, so that the file is small.
     """
     if spec.is_field:
-        low, high = (np.quantile(states[:, :, :1], q) for q in (0.001, 0.999))
-        states = (255 * (states[:, :, :1] - low) / (high - low)).clamp(0, 255).byte()
+        states = coloured(states.flatten(0, 1), states[:, :, 0].numel()).unflatten(0, states.shape[:2])
     elif not spec.is_image:
         points = (states - torch.tensor(spec.mean)) / (3 * max(spec.std))
         counts = [np.histogram2d(-state[:, -1], state[:, 0], 150, [[-1, 1], [-1, 1]])[0] for state in points]
@@ -222,7 +198,7 @@ def main(arguments):
         fail(f"cannot write {out}.npz: expected a file in a folder that is there and can be written")
     with set_up(options.device, timeout=60.0) as device:
         run = Loaded(options, device)
-        num, spec, given = options.num, run.spec, Cases()
+        spec, given = run.spec, Cases(options.num)
         classes = range(spec.num_classes if run.config.class_conditional else 0)
         if unknown := set(options.labels).difference(classes):
             known = f"0 to {classes[-1]}" if classes else "none"
@@ -230,29 +206,26 @@ def main(arguments):
         if options.cond:
             given = conditions_of(options.cond, run)
         elif spec.cond_shape:
-            given = run.cases(run.read("test"), num)
-        num = num if given.cond is None else len(given.cond)
-        labels = torch.tensor(np.resize(options.labels or classes, num)) if classes else None
-        given = given._replace(labels=labels)
+            given = run.cases(read_data(run.config, "test", spec), options.num)
+        if classes and (options.labels or given.labels is None):
+            given = given._replace(labels=torch.tensor(np.resize(options.labels or classes, given.num)))
         if options.rollout:
             states = rollout(run, given, options.rollout)
             samples = states[:, 0]
         else:
-            samples = states = run.draw(num, given)[0]
-        arrays = [states.permute(0, 2, 3, 1) if spec.is_image else states] + ([] if labels is None else [labels])
+            samples = states = run.draw(given)[0]
+        arrays = [states.permute(0, 2, 3, 1) if spec.is_image else states] + [given.labels] * bool(classes)
         on_rank0(lambda: write_atomically(f"{out}.npz", lambda file: np.savez(file, *arrays)))  # as arr_0 and arr_1
-        grid = len(spec.shape) == 3
-        if given.cond is not None and grid:
-            picture = functools.partial(picture_of_cases, samples, given, spec, run.config.samples_per_cond)
-        else:
-            picture = functools.partial(picture_of, samples[: 100 if grid else None])
-        on_rank0(lambda: save_picture(picture(), f"{out}.png"))
-        if options.trajectory or options.rollout:
-            shown = min(num, 100 if grid else 2000)
-            frames = states[:shown].transpose(0, 1) if options.rollout else trajectory(run, shown, given)
+        first = slice(100 if len(spec.shape) == 3 else 2000)
+        on_rank0(lambda: save_picture(picture_of(samples[first], cases=given, spec=spec), f"{out}.png"))
+        if options.rollout:
+            on_rank0(lambda: save_trajectory(states[first].transpose(0, 1), spec, f"{out}.gif"))
+        elif options.trajectory:
+            labels, cond = (x if x is None else x[first] for x in (given.labels, given.cond))
+            frames = trajectory(run, Cases(len(samples[first]), labels, cond))
             on_rank0(lambda: save_trajectory(frames, spec, f"{out}.gif"))
-        print0(f"{num} samples of {options.weights} weights at step {run.state['step']}, by {run.config.sampler}: "
-               f"{out}.npz and {out}.png")
+        print0(f"{given.num} samples of {options.weights} weights at step {run.state['step']}, by "
+               f"{run.config.sampler}: {out}.npz and {out}.png")
 
 
 if __name__ == "__main__":

@@ -208,11 +208,10 @@ class Regression(DiffusionTrainer):
         return net(torch.zeros_like(x), torch.ones_like(t), label, cond).float() + m
 
     @classmethod
-    def draw(cls, config, spec, process, net, device, **arguments):
-        """The mean for each condition, as a network whose predicted x0 depends on nothing else: see build.draw_all."""
+    def draw(cls, config, spec, process, net, device, cases, sampler, guide=None):
+        """The mean for each case, as a network whose predicted x0 depends on nothing else: see build.draw_all."""
         chosen = replace(config, model_type="x0", sampling_steps=1, grid="uniform", denoise=True, compile=False)
-        mean = partial(cls.mean, net, config)
-        return draw_all(chosen, spec, RectifiedFlow(), mean, device, **arguments | {"sampler": "euler", "guide": None})
+        return draw_all(chosen, spec, RectifiedFlow(), partial(cls.mean, net, config), device, cases, "euler")
 
 
 # What the setting `trainer` can name; training, sampling, evaluation and benchmark take the class from here.

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from conftest import ROOT, assert_one_line_error, launch, run, tiny
 
 import benchmark
@@ -36,6 +37,7 @@ def trainer_of(tmp_path, dataset, **changes) -> DiffusionTrainer:
 def report(tmp_path_factory):
     """What a run of the benchmark writes and prints."""
     folder, printed = tmp_path_factory.mktemp("benchmark"), io.StringIO()
+    counters.clear()  # of other tests
     with contextlib.redirect_stdout(printed):
         benchmark.main([*TINY, "--parts", "training", "sampling", "--out", str(folder / "b.json")])
     return {**json.load(open(folder / "b.json")), "printed": printed.getvalue()}

@@ -17,7 +17,7 @@ import unet
 import utils
 from build import autocast, check_run, compiles, draw_all
 from config import PRESETS, Config
-from data_utils import load_dataset, make_dataset
+from data_utils import Cases, load_dataset, make_dataset
 from mlp import MLP
 from utils import UserError, seed_torch
 
@@ -112,7 +112,7 @@ def test_many_samples_are_drawn_by_a_compiled_network(monkeypatch, tmp_path, cap
     process, net = build.build(config, moons.spec, CPU)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    settings = dict(num=10, labels=torch.arange(10) % 2, sampler="euler_maruyama")
+    settings = dict(cases=Cases(10, torch.arange(10) % 2), sampler="euler_maruyama")
     plain, calls = draw_all(config, moons.spec, process, net, CPU, **settings)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -129,7 +129,7 @@ def test_many_samples_are_drawn_by_a_compiled_network(monkeypatch, tmp_path, cap
     large = dataclasses.replace(compiled, sampling_batch_size=100, sampling_steps=60)
     draw_all(large, moons.spec, process, net, CPU, **settings)
     assert sizes == {10}  # no more than there are
-    few = {**settings, "num": 4}
+    few = {**settings, "cases": Cases(4)}
     monkeypatch.setattr(torch, "compile", None)  # too few to pay
     draw_all(compiled, moons.spec, process, net, CPU, **few)
 

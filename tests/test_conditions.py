@@ -93,7 +93,8 @@ def test_mask_pixels_hides_its_share(share):
 def test_a_data_set_with_a_corruption_gives_its_conditions(name, shape):
     data = load_dataset("digits", corruption=name, downsample_factor=4, mask_share=0.3)
     rows = np.array([3, 7, 7])
-    cond, again, other = data.conditions(rows, 0), data.conditions(rows, 0), data.conditions(rows, 1)
+    cond, again = (data.cases(rows).cond for _ in range(2))
+    other = data.condition(data.spec.encode(data[rows][0]), None, uniform_rows(range(3), "cpu", "other"))
     assert data.spec.cond_shape == shape and cond.shape == (3, shape[0] + 1, *shape[1:]) and data.cond is None
     assert (cond[:, -1] == 1).all() and torch.equal(cond, again)
     assert torch.equal(cond, other) == torch.equal(cond[1], cond[2]) == (name not in MASKS)
@@ -103,7 +104,7 @@ def test_a_data_set_with_a_corruption_gives_its_conditions(name, shape):
 
 
 def test_settings_reach_a_corruption():
-    share = [(load_dataset("digits", corruption="mask_pixels", mask_share=s).conditions(np.arange(200), 0)[:, 1] == 0)
+    share = [(load_dataset("digits", corruption="mask_pixels", mask_share=s).cases(np.arange(200)).cond[:, 1] == 0)
              .float().mean() for s in (0.2, 0.8)]
     assert abs(share[0] - 0.2) < 0.03 and abs(share[1] - 0.8) < 0.03
     assert load_dataset("digits", corruption="downsample", downsample_factor=2).spec.cond_shape == (1, 4, 4)
@@ -123,7 +124,7 @@ def test_corruptions_that_do_not_fit_are_refused():
 
 def test_samples_of_one_condition_follow_each_other():
     data = load_dataset("digits", corruption="mask_box", mask_share=0.3)
-    found, again = cases(data, 12, 3), cases(data, 12, 3)
+    found, again = cases(data, 12, 3, False), cases(data, 12, 3, False)
     assert found.cond.shape == (12, 3, 8, 8) and found.truth.shape == (4, 1, 8, 8) and found.labels.shape == (12,)
     assert torch.equal(found.cond, again.cond) and torch.equal(found.cond[::3], found.cond[2::3])
     assert len(found.cond.flatten(1).unique(dim=0)) == 4

@@ -84,7 +84,7 @@ def test_bits_per_dimension_of_images(runs, tmp_path):
     e = evaluation(runs, "digits", tmp_path, likelihood_num=30, rtol=1e-4, atol=1e-4)
     e.net = gaussian(e.process, "velocity", dims=64, mean=0.0, std=0.8)
     e.net, oracle = (lambda xt, t, label, cond: oracle(xt.flatten(1), t).reshape(xt.shape)), e.net
-    items, _ = e.random_items(e.data["test"], 30)
+    items = e.random_items(e.data["test"], 30).truth
     log_p = oracle.log_prob(e.spec.encode(items).flatten(1).double(), torch.zeros(30, dtype=torch.float64))
     exact = bits_per_dim(log_p, 64)
     found = measured(likelihood, e)
@@ -154,8 +154,8 @@ def test_everything_of_a_conditional_run(runs, tmp_path, capsys):
 def test_the_curve_has_all_samplers_at_so_many_steps_over_the_network_calls_that_they_took(runs, tmp_path, monkeypatch):
     e = evaluation(runs, "digits", tmp_path, curve=(3, 2), guidance_scale=2.0, **ONLY_DISTANCES)
     drawn, lines, picture = [], {}, Image.new("L", (1, 1))
-    monkeypatch.setattr(e, "draw", lambda num, labels, **settings: drawn.append(settings) or Evaluation.draw(
-        e, num, labels, **settings))
+    monkeypatch.setattr(e, "draw", lambda cases, **settings: drawn.append(settings) or Evaluation.draw(
+        e, cases, **settings))
     monkeypatch.setattr("evaluate.log_plot", lambda found, *arguments, **settings: lines.update(found) or picture)
     card = evaluate(e)
     points = {(point["sampler"], point.get("sampling_steps", point.get("rtol"))): point
@@ -334,7 +334,7 @@ def test_labels_are_as_frequent_as_in_the_data(runs, tmp_path):
 def test_network_calls_count_guidance_and_what_an_adaptive_solver_takes(runs, tmp_path):
     def calls(sampler="euler", rtol=1e-5, **changes):
         e = evaluation(runs, "digits", tmp_path, num=10, **changes)
-        return e.draw(10, e.given, sampler=sampler, rtol=rtol, atol=rtol)[1]
+        return e.draw(e.given, sampler=sampler, rtol=rtol, atol=rtol)[1]
 
     assert calls() == 2 and calls(guidance_scale=2.0) == 4
     assert calls(guidance_scale=2.0, guide=str(runs / "digits" / "last.pt")) == 4

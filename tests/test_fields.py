@@ -266,7 +266,8 @@ def test_conditions_of_another_length_are_refused(tmp_path):
     fails(f"^make_dataset: {words}", make_dataset, fields(4), None, cond=fields(3))
     fails(words, make_dataset, Frames([fields(4)]), None, cond=Frames([fields(1), fields(2)]))
     fails("conditions are complex64 of shape", make_dataset, fields(4), None, cond=np.zeros((4, 2), np.complex64))
-    fails("conditions: item 0 has values that are not finite", make_dataset, fields(4), None, cond=np.full((4, 2), np.nan))
+    fails("conditions: item 0 has values that are not finite", make_dataset, fields(4), None,
+          cond=np.full((4, 2), np.nan))
     np.save(tmp_path / "x.npy", fields(4))
     np.save(tmp_path / "x_cond.npy", fields(3))
     fails(f"x.npy: {words}", load_dataset, str(tmp_path / "x.npy"))
@@ -553,7 +554,7 @@ def test_trajectories_of_vectors_and_images_keep_their_ends(tmp_path):
 def test_attributes_are_not_scaled_as_fields_of_as_many_channels():
     fields, attributes = 100 * np.random.default_rng(0).normal(size=(50, 1, 4, 4)), np.linspace(0, 1e-3, 50)[:, None]
     data = make_dataset(fields, None, cond=attributes)
-    assert data.conditions(np.arange(50), 0)[:, 0].std().item() == pytest.approx(1, rel=0.05)
+    assert data.cases(np.arange(50)).cond[:, 0].std().item() == pytest.approx(1, rel=0.05)
 
 
 @pytest.mark.parametrize("labels, cond, words", [

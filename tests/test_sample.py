@@ -193,10 +193,10 @@ def frames(path) -> list[np.ndarray]:
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_a_trajectory_goes_from_noise_to_the_samples(checkpoints, sampler):
     run = Loaded(Options(ckpt=str(checkpoints / "points" / "last.pt"), sampler=sampler, sampling_steps=10), CPU)
-    states = trajectory(run, 40, Cases())
-    assert states.shape == (11, 40, 2) and torch.equal(states[-1], run.draw(40, Cases())[0])
+    states = trajectory(run, Cases(40))
+    assert states.shape == (11, 40, 2) and torch.equal(states[-1], run.draw(Cases(40))[0])
     noise = run.spec.encode(states[0])
-    assert torch.equal(noise, run.spec.encode(trajectory(run, 40, Cases())[0])) and abs(noise.std() - 1) < 0.2
+    assert torch.equal(noise, run.spec.encode(trajectory(run, Cases(40))[0])) and abs(noise.std() - 1) < 0.2
 
 
 def test_the_states_of_a_trajectory_are_those_of_the_sampler(checkpoints, monkeypatch):
@@ -205,7 +205,7 @@ def test_the_states_of_a_trajectory_are_those_of_the_sampler(checkpoints, monkey
     ckpt = str(checkpoints / "points" / "last.pt")
     run = Loaded(Options(ckpt=ckpt, sampler="heun", sampling_steps=12, grid="quadratic"), CPU)
     run.net = GaussianMixture(run.process, "velocity", torch.full((1, 2), 0.7), 0.25)
-    states = run.spec.encode(trajectory(run, 30, Cases()).flatten(0, 1)).reshape(-1, 30, 2)
+    states = run.spec.encode(trajectory(run, Cases(30)).flatten(0, 1)).reshape(-1, 30, 2)
     times = make_grid(12, run.config.T_min, run.config.T_max, "quadratic")
     field, x, expected = Field(run.net, run.process, "velocity"), states[0], []
     for t, t_next in zip(times, times[1:]):
@@ -225,16 +225,16 @@ def test_a_trajectory_of_more_samples_than_memory_has_room_for(checkpoints):
         return net(xt, t, label)
 
     run.net = short_of_memory
-    assert len(trajectory(run, 10, Cases())) == 3 and len(run.draw(40, Cases())[0]) == 40
+    assert len(trajectory(run, Cases(10))) == 3 and len(run.draw(Cases(40))[0]) == 40
     with pytest.raises(UserError, match="too little memory to draw 40 samples of a trajectory"):
-        trajectory(run, 40, Cases())
+        trajectory(run, Cases(40))
 
 
 def test_noise_of_a_large_sigma_stays_in_the_picture(checkpoints, tmp_path):
     state = saving.load(str(checkpoints / "points" / "last.pt"))
     saving.save(str(tmp_path), {**state, "config": {**state["config"], "process": "ve_linear"}})
     run = Loaded(Options(ckpt=str(tmp_path / "last.pt"), sampling_steps=5), CPU)
-    assert abs(run.spec.encode(trajectory(run, 100, Cases())[0]).std() - 1) < 0.2
+    assert abs(run.spec.encode(trajectory(run, Cases(100))[0]).std() - 1) < 0.2
 
 
 @pytest.mark.parametrize("name, num, kilobytes", [("digits", 100, 150), ("points", 2000, 150)])
