@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from conftest import ROOT, assert_one_line_error, launch, run, tiny
+from torch._dynamo.utils import counters
 
 import benchmark
 from benchmark import Options, bare_network, ceilings, flops_of, measure_peers
