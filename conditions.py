@@ -36,13 +36,14 @@ def mask_pixels(x0: Tensor, uniform, mask_share: float) -> Tensor:
 
 def mask_box(x0: Tensor, uniform, mask_share: float) -> Tensor:
     """Hides a box at a random place, with the proportions of the image and a share mask_share of its area."""
-    u, inside = uniform(2), True
+    u, inside = uniform(2), []
     for k, side in enumerate(x0.shape[2:]):
         length = round(mask_share**0.5 * side)
-        first = (u[:, k] * (side - length + 1)).floor()
-        place = torch.arange(side, device=x0.device) - first[:, None]  # (B, side), counted from the box's first pixel
-        inside = inside & ((place >= 0) & (place < length)).view(-1, 1, *((side, 1), (1, side))[k])
-    return with_mask(x0, ~inside)
+        first = (u[:, k, None] * (side - length + 1)).floor()
+        place = torch.arange(side, device=x0.device) - first  # (B, side), counted from the box's first pixel
+        inside.append((place >= 0) & (place < length))
+    y, x = inside
+    return with_mask(x0, ~(y[:, None, :, None] & x[:, None, None]))
 
 
 CORRUPTIONS = {"downsample": downsample, "grey": grey, "mask_box": mask_box, "mask_pixels": mask_pixels}

@@ -183,6 +183,11 @@ class Config:
     timeout: MayChange[Annotated[float, Within("(0, 10000]")]] = 10.0  # Minutes that a rank waits for the others.
 
 
+DIGITS = dict(  # a small network that learns images of 8 x 8 pixels in a minute or two
+    dataset="digits", random_flip=False, model_channels=24, channel_mults=(1, 2), attention_resolutions=(),
+    num_res_blocks=1, dropout=0.0, time_sampler="logit_normal", base_lr=3e-3, lr_schedule="cosine", warmup_steps=50,
+    ema_decay=0.99, sampling_steps=20,
+)
 PRESETS = {
     "cifar10": {},
     "cifar10_debug": dict(
@@ -191,17 +196,13 @@ PRESETS = {
         lr_schedule="cosine", warmup_steps=20, ema_decay=0.99, sampling_steps=20, num_samples=16, log_every=10,
         sample_every=250, save_every=250, evaluate_every=0,
     ),
-    "digits": dict(
-        run_name="digits", dataset="digits", random_flip=False, class_conditional=True, model_channels=24,
-        channel_mults=(1, 2), attention_resolutions=(), num_res_blocks=1, dropout=0.0, time_sampler="logit_normal",
-        num_training_steps=650, base_lr=3e-3, lr_schedule="cosine", warmup_steps=50, ema_decay=0.99, sampling_steps=20,
-        num_samples=100, log_every=25, sample_every=325, save_every=325, evaluate_every=650,
+    "digits": DIGITS | dict(
+        run_name="digits", class_conditional=True, num_training_steps=650, num_samples=100, log_every=25,
+        sample_every=325, save_every=325, evaluate_every=650,
     ),
-    "digits_superres": dict(
-        run_name="digits_superres", dataset="digits", corruption="downsample", random_flip=False, model_channels=24,
-        channel_mults=(1, 2), attention_resolutions=(), num_res_blocks=1, dropout=0.0, time_sampler="logit_normal",
-        num_training_steps=1000, base_lr=3e-3, lr_schedule="cosine", warmup_steps=50, ema_decay=0.99,
-        sampling_steps=20, log_every=50, sample_every=500, save_every=500, evaluate_every=1000,
+    "digits_superres": DIGITS | dict(
+        run_name="digits_superres", corruption="downsample", num_training_steps=1000, log_every=50, sample_every=500,
+        save_every=500, evaluate_every=1000,
     ),
     "navier_stokes": dict(
         run_name="navier_stokes", dataset="navier_stokes", lag=1, process="foellmer", base="condition",

@@ -29,7 +29,6 @@ from build import read_data
 from command_line import fail, parse, start
 from conditions import CORRUPTIONS
 from config import HERE, NotNegative, Positive, Within
-from couplings import COUPLINGS
 from data_utils import Cases, Dataset
 from distributed import all_or_none, gather_rows, on_rank0, print0, set_up, share, world_size
 from likelihood import bits_per_dim, log_likelihoods
@@ -46,7 +45,7 @@ from logging_utils import (
 from metrics import EXTRACTORS, LEAST, Evaluator, content, nearest, spectrum
 from processes import first_channels
 from sample import Drawing, Loaded
-from sampling import FROM_A_POINT, ODE_SAMPLERS, SAMPLERS
+from sampling import SAMPLERS
 from saving import digest
 from trainer import TRAINERS
 from utils import UserError, call_with_settings, look_up, parameters_of, write_atomically
@@ -313,12 +312,13 @@ def loss_by_t(e: Evaluation):
 def losses(e: Evaluation, data: Dataset) -> np.ndarray:
     """Times, evenly spread in each batch, and losses, (2, N), of whole batches of this data, loss_num draws or more.
 
-    Batches and loss are those of the run's trainer, without flips and label dropout; the batches are the same for raw
-    and for EMA weights. The data are scaled as those of the run's training split.
+    Batches and loss are those of the run's trainer, without flips, and with all labels and conditions. The batches are
+    the same for raw and for EMA weights.
     """
     c = replace(e.config, batch_size=max(e.config.batch_size, world_size()), time_sampler="stratified",
-                importance_weights=False, random_flip=False, label_dropout=0.0, overfit_one_batch=False)
-    trainer = look_up(TRAINERS, c.trainer)(c, replace(data, spec=e.spec), e.device)
+                importance_weights=False, random_flip=False, label_dropout=0.0, cond_dropout=0.0,
+                overfit_one_batch=False)
+    trainer = look_up(TRAINERS, c.trainer)(c, data, e.device)
     trainer.forward = e.net
     found, steps = [], math.ceil(e.options.loss_num / c.batch_size)
     with Progress("loss by t", steps, "batch") as progress, torch.no_grad():
@@ -338,16 +338,15 @@ def curve(e: Evaluation):
     dopri5 gets the tolerances 0.1, 0.01, ... instead.
     """
     points, lines, metric = [], {}, next(iter(e.card["metrics"]))
-    point = e.process.at(e.config.T_max).sigma == 0
-    for name in FROM_A_POINT if point else ODE_SAMPLERS if COUPLINGS[e.config.coupling] else SAMPLERS:
+    for name in SAMPLERS:
         for k, steps in enumerate(sorted(e.options.curve), 1):
             changes = {"rtol": 10.0**-k, "atol": 10.0**-k} if name == "dopri5" else {"sampling_steps": steps}
             try:
                 samples, nfe = e.draw(e.given, sampler=name, **changes)
                 values = e.evaluate(samples, e.given)
             except UserError as error:
-                print0(f"{name} with {steps} steps is left out: {error}")
-                continue
+                print0(f"{name} with {steps} steps or more is left out: {error}")
+                break
             points.append({"sampler": name, **changes, "nfe": nfe, **values})
             print0(f"{name:20} {steps:3} steps  {in_words(points[-1])}")
             x, y = lines.setdefault(name, ([], []))

@@ -38,7 +38,7 @@ from utils import UserError, first_line, import_torchvision, in_batches
 LEAST = 10  # fewest samples, and items of a reference, that are compared
 SUBSET = 10_000  # most features of a reference that are kept, for metrics of all pairs
 POINTS = 5000  # most points of each side in the metrics of vectors
-CHUNK = 1000  # items of the data that are read at once for neighbours
+CHUNK = 1000  # items of the data that are read at once for neighbours and clusters
 CLUSTERS = 10  # of images without labels
 CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_RATE = 400, 256, 1e-2  # some 70 s on two cores for images of 32 x 32
 
@@ -77,24 +77,21 @@ def classifier_two_sample(x: Tensor, y: Tensor):
     return float(cross_val_score(trees, points, side, cv=5).mean())
 
 
-def same_number(samples: Tensor, reference: Dataset):
-    """The first samples and as many random items of the reference, at most POINTS, on the network's scale, float64.
+def compare_points(samples: Tensor, reference: Dataset):
+    """The metrics of vectors (N, D) or fields (N, C, H, W) against a reference, in units of its standard deviations.
 
-    Raises UserError if samples are not finite.
+    They are of the first samples and as many random items of the reference, at most POINTS. Raises UserError if samples
+    are not finite.
     """
-    n = min(len(samples), len(reference.data), POINTS)
+    n, spec = min(len(samples), len(reference.data), POINTS), reference.spec
     rows = np.random.default_rng(0).permutation(len(reference.data))[:n]
-    x, y = (reference.spec.encode(part).double() for part in (samples[:n], torch.from_numpy(reference.data[rows])))
+    x, y = (spec.encode(part).double() for part in (samples[:n], torch.from_numpy(reference.data[rows])))
     if bad := (~x.flatten(1).isfinite().all(1)).sum().item():
         raise UserError(f"{bad} of {n} samples are not finite, and have no distance")
-    return x, y
-
-
-def compare_points(samples: Tensor, reference: Dataset):
-    """The metrics of samples (N, D) against a reference, in units of its standard deviations."""
-    x, y = same_number(samples, reference)
-    found = {"sliced_wasserstein": sliced_wasserstein(x, y), "energy_distance": energy_distance(x, y),
-             "c2st": classifier_two_sample(x, y)}
+    found = {"spectral_distance": spectral_distance(x, y)} if spec.is_field else {}
+    x, y = x.flatten(1), y.flatten(1)
+    found |= {"sliced_wasserstein": sliced_wasserstein(x, y), "energy_distance": energy_distance(x, y)}
+    found |= {} if spec.is_field else {"c2st": classifier_two_sample(x, y)}
     return found
 
 
@@ -172,14 +169,6 @@ def spectrum(fields: Tensor) -> Tensor:
 def spectral_distance(samples: Tensor, truth: Tensor):
     """Root mean square difference of the logarithms of two spectra, of fields (N, C, H, W) and (M, C, H, W), in dB."""
     return 10 * (spectrum(samples) / spectrum(truth)).log10().square().mean().sqrt().item()
-
-
-def compare_fields(samples: Tensor, reference: Dataset):
-    """The metrics of fields (N, C, H, W) against a reference, in units of its standard deviations."""
-    x, y = same_number(samples, reference)
-    found = {"spectral_distance": spectral_distance(x, y),
-             "sliced_wasserstein": sliced_wasserstein(x.flatten(1), y.flatten(1))}
-    return found
 
 
 def compare_ensembles(samples: Tensor, truth: Tensor, spec):
@@ -276,7 +265,8 @@ def train_classifier(net: Classifier, train: Dataset, device):
         from sklearn.cluster import MiniBatchKMeans
 
         step = max(1, train.data.shape[2] // 8)
-        pixels = train.data[:, :, ::step, ::step].reshape(len(train.data), -1)  # of some 8 x 8 places
+        parts = (train.data[k : k + CHUNK][:, :, ::step, ::step] for k in range(0, len(train.data), CHUNK))
+        pixels = np.concatenate(list(parts)).reshape(len(train.data), -1)  # of some 8 x 8 places
         labels = MiniBatchKMeans(CLUSTERS, random_state=0).fit_predict(pixels)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, CLASSIFIER_RATE, CLASSIFIER_STEPS)
@@ -408,7 +398,7 @@ class Evaluator:
         if min(len(samples), self.items) < LEAST:
             raise UserError(f"{len(samples)} samples cannot be compared with {self.items} items: expected {LEAST} or "
                             "more of both")
-        prefix, compare, features = "", compare_fields if self.spec.is_field else compare_points, samples
+        prefix, compare, features = "", compare_points, samples
         if self.extractor:
             prefix, compare = self.extractor.prefix, compare_features
             features = features_of(self.extractor, samples.numpy(), self.device)

@@ -117,6 +117,7 @@ class Loaded:
     def draw(self, cases: Cases, **changes) -> tuple[Tensor, float]:
         """Samples for these cases, with `changes` of the settings, drawn by the run's trainer: see build.draw_all."""
         config = replace(self.config, **changes)
+        check_settings(config)
         return look_up(TRAINERS, config.trainer).draw(
             config, self.spec, self.process, self.net, self.device, cases, config.sampler, self.guide)
 

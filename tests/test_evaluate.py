@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -309,7 +310,8 @@ def test_the_loss_of_test_vectors_is_on_the_scale_of_training(runs, tmp_path):
     e = evaluation(runs, "normal", tmp_path, loss_num=2000)
     e.net = gaussian(e.process, "velocity", dims=2, mean=0.0, std=1.0)
     data = e.data["test"]
-    test = make_dataset(3 * data.data, None)
+    assert data.spec == e.data["train"].spec == e.spec
+    test = replace(make_dataset(3 * data.data, None), spec=data.spec)
     same, wider = (losses(e, split)[1].mean() for split in (data, test))
     assert wider > 2 * same
 
