@@ -154,10 +154,11 @@ def kept(name, key, write):
 
 
 def as_arrays(data, what, source):
-    """Anything that numpy.asarray takes -> images (N, C, H, W) uint8, fields or vectors float32; mean and std of both.
+    """What numpy.asarray takes -> images (N, C, H, W) uint8, or fields or vectors float32; and mean and std of either.
 
-    Images are (N, H, W), (N, H, W, C) or (N, C, H, W), with C 1, 3 or 4. Raises UserError, which names `source`, if
-    they are something else, or not finite. Statistics of files are kept in data/cache until a file changes.
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W), with C 1, 3 or 4. `Items` stay as they are. Raises UserError,
+    which names `source`, for anything else, and for values that are not finite. What was computed of files is kept in
+    data/cache until a file changes.
     """
     data = data if isinstance(data, Items) else channels_first(np.asarray(data))
     images = data.dtype == np.uint8 and len(data.shape) == 4
@@ -368,23 +369,6 @@ def from_files(path, split, channels) -> Dataset:
     return make_dataset(frames(path, channels), None, path, frames(other) if os.path.exists(other) else None)
 
 
-def from_items(items, labels=None, cond=None) -> Dataset:
-    """A data set of `items[i]`, PIL images or arrays (C, H, W), or tuples that begin with one.
-
-    They are read one at a time, by worker processes. `items` is a torch map-style data set (`__len__`, `__getitem__`),
-    which need not fit in memory; `cond` is one too. Labels (N,) must be known at once. Mean and standard deviation of
-    floats are those of 1,000 items.
-    """
-    items, cond = Items(items), None if cond is None else Items(cond)
-    if cond and len(cond) != len(items):
-        raise UserError(f"from_items: there are {len(cond)} conditions for {len(items)} items: expected one for each")
-    few = np.linspace(0, len(items) - 1, min(len(items), 1000)).astype(int)
-    dataset = make_dataset(items[few], None, "from_items", cond and cond[few])
-    dataset.labels, dataset.spec.num_classes = as_labels(labels, len(items), "from_items")
-    dataset.data, dataset.cond = items, cond
-    return dataset
-
-
 DATASETS = {
     "cifar10": functools.partial(from_torchvision, "CIFAR10"),  # 50,000 photographs of 10 classes; 10,000 for testing
     "mnist": functools.partial(from_torchvision, "MNIST"),  # 60,000 handwritten digits; 10,000 for testing
@@ -439,8 +423,6 @@ def load_dataset(name, data_dir="data", image_size=32, download=False, split="tr
         spec.cond_shape = (shape[0] - 1, *shape[1:])  # of the data's channels, and perhaps a mask
         spec.cond_mean, spec.cond_std = (((value * C)[:C] + [of_mask])[: shape[0] - 1]
                                          for value, of_mask in ((spec.mean, 0.0), (spec.std, 1.0)))
-    dataset.data, dataset.cond = (x[:] if isinstance(x, Frames) and len(x.shape) == 2 else x
-                                  for x in (dataset.data, dataset.cond))
     return dataset
 
 

@@ -96,13 +96,15 @@ class Frames(Items):
 
 
 def open_frames(paths, channels=()) -> Frames:
-    """The rows of .npy files, which stay on disk. Raises UserError unless all have rows of the same shape."""
+    """The rows of .npy files, which stay on disk, except vectors. Raises UserError unless all rows have one shape."""
     arrays = []
     for path in paths:
         try:
             arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
         except Exception as error:  # a damaged file fails in many ways
             raise UserError(f"cannot read {path} ({first_line(error)}): expected a .npy file of numbers") from error
+        if arrays[-1].ndim == 2:
+            arrays[-1] = np.array(arrays[-1])
         here, first = (f"{a.dtype} {('N', *a.shape[1:])}" for a in (arrays[-1], arrays[0]))
         if here != first or arrays[-1].dtype.kind not in "iuf" or arrays[-1].ndim < 2 or not arrays[-1].size:
             raise UserError(f"{path} holds {here}, and {paths[0]} {first}: expected numbers, and rows of one shape and "
@@ -127,22 +129,23 @@ def shards(folder, split) -> list[str]:
 def statistics(data, source):
     """Mean and standard deviation (1 if it is 0) of each channel of data (N, C, ...), as lists, from one reading.
 
-    Raises UserError, which names `source`, or the file of `Frames`, if a value is not finite in float32.
+    Of a map-style data set 1,000 items are read. Raises UserError, which names `source`, or the file of `Frames`, if a
+    value is not finite in float32.
     """
-    sums, chunk = 0.0, max(1, 2**24 // math.prod(data.shape[1:]))
-    with Progress("mean and standard deviation", len(data), "item") as progress:
-        for start in range(0, len(data), chunk):
-            part = np.asarray(data[start : start + chunk], np.float64)
-            part = part.reshape(*part.shape[:2], -1)
+    n = min(len(data), 1000) if type(data) is Items else len(data)
+    rows, size, sums = np.linspace(0, len(data) - 1, n).astype(int), math.prod(data.shape[2:]), 0.0
+    with Progress("mean and standard deviation", n, "item") as progress:
+        for chosen in np.array_split(rows, -(-n * size * data.shape[1] // 2**24)):
+            part = np.asarray(data[chosen], np.float64).reshape(len(chosen), -1, size)
             wrong = ~(np.abs(part) <= np.finfo(np.float32).max).all((1, 2))
             if wrong.any():
-                bad = start + wrong.argmax()
+                bad = chosen[wrong.argmax()]
                 file = data.names[data.array_of(data.rows[bad])] if getattr(data, "names", ()) else source
                 raise UserError(f"{file}: item {bad} has values that are not finite in float32: expected finite "
                                 "numbers; remove or repair it")
             sums = sums + np.stack([part.sum((0, 2)), (part**2).sum((0, 2))])
             progress.update(len(part))
-    mean, square = sums * data.shape[1] / math.prod(data.shape)
+    mean, square = sums / (n * size)
     return mean.tolist(), [math.sqrt(v) or 1.0 for v in (square - mean**2).clip(0)]
 
 

@@ -217,13 +217,11 @@ def main(arguments):
             samples = states = run.draw(given)[0]
         arrays = [states.permute(0, 2, 3, 1) if spec.is_image else states] + [given.labels] * bool(classes)
         on_rank0(lambda: write_atomically(f"{out}.npz", lambda file: np.savez(file, *arrays)))  # as arr_0 and arr_1
-        first = slice(100 if len(spec.shape) == 3 else 2000)
-        on_rank0(lambda: save_picture(picture_of(samples[first], cases=given, spec=spec), f"{out}.png"))
-        if options.rollout:
-            on_rank0(lambda: save_trajectory(states[first].transpose(0, 1), spec, f"{out}.gif"))
-        elif options.trajectory:
-            labels, cond = (x if x is None else x[first] for x in (given.labels, given.cond))
-            frames = trajectory(run, Cases(len(samples[first]), labels, cond))
+        shown = 100 if len(spec.shape) == 3 else None
+        on_rank0(lambda: save_picture(picture_of(samples[:shown], cases=given, spec=spec), f"{out}.png"))
+        if options.trajectory or options.rollout:
+            first = given._replace(num=min(given.num, shown or 2000))
+            frames = states[: first.num].transpose(0, 1) if options.rollout else trajectory(run, first)
             on_rank0(lambda: save_trajectory(frames, spec, f"{out}.gif"))
         print0(f"{given.num} samples of {options.weights} weights at step {run.state['step']}, by "
                f"{run.config.sampler}: {out}.npz and {out}.png")

@@ -12,8 +12,8 @@ from conftest import ROOT
 from PIL import Image
 
 import data_utils
-from data_utils import Batches, from_items, load_dataset, make_dataset
-from fields import Frames, open_frames, shards, statistics, vorticity
+from data_utils import Batches, load_dataset, make_dataset
+from fields import Frames, Items, open_frames, shards, statistics, vorticity
 from utils import UserError
 
 RNG = np.random.default_rng(0)
@@ -382,9 +382,9 @@ def pixels(item):
 
 
 @pytest.mark.parametrize("mode, channels", [("RGB", 3), ("L", 1)])
-def test_from_items_reads_images(mode, channels):
+def test_items_are_read_as_images(mode, channels):
     source = Pictures(23, mode)
-    data = from_items(source, np.arange(23) % 5)
+    data = make_dataset(Items(source), np.arange(23) % 5)
     assert data.data.shape == (23, channels, 6, 4) and len(data.data) == 23 and data.data.dtype == np.uint8
     assert data.spec.shape == (channels, 6, 4) and data.spec.is_image and data.spec.num_classes == 5
     for rows in (slice(2, 5), np.array([7, 0, 7])):
@@ -393,8 +393,8 @@ def test_from_items_reads_images(mode, channels):
     assert data.spec.mean == [127.5] and data.labels.dtype == np.int64
 
 
-def test_from_items_reads_arrays_with_conditions():
-    data = from_items(Arrays(), cond=Pictures(23, "L"))
+def test_items_are_read_as_arrays_with_conditions():
+    data = make_dataset(Items(Arrays()), None, cond=Items(Pictures(23, "L")))
     whole = np.stack([Arrays()[i] for i in range(23)])
     assert data.data.shape == (23, 2, 4, 4) and data.data.dtype == np.float32 and data.labels is None
     np.testing.assert_allclose(data.data[:], whole, rtol=1e-6)
@@ -407,8 +407,8 @@ def test_from_items_reads_arrays_with_conditions():
 @pytest.mark.parametrize("kind", ["images", "arrays"])
 def test_workers_change_nothing(kind):
     """Each step has the items of its indices, also where training resumes at step 5, or goes back."""
-    data = {"images": lambda: from_items(Pictures(23), np.arange(23) % 5),
-            "arrays": lambda: from_items(Arrays(), cond=Pictures(23))}[kind]()
+    data = {"images": lambda: make_dataset(Items(Pictures(23)), np.arange(23) % 5),
+            "arrays": lambda: make_dataset(Items(Arrays()), None, cond=Items(Pictures(23)))}[kind]()
     plain, workers = Batches(data, 8, seed=3), Batches(data, 8, seed=3, num_workers=2)
     direct = [data.data[plain.indices(step)[2:7]] for step in range(9)]
     for steps in (range(9), range(5, 8), range(2)):
@@ -428,7 +428,7 @@ def test_workers_change_nothing(kind):
 
 
 def test_workers_repeat_one_batch():
-    data = from_items(Pictures(23), np.arange(23) % 5)
+    data = make_dataset(Items(Pictures(23)), np.arange(23) % 5)
     first = Batches(data, 8, seed=3)(0)
     batches = Batches(data, 8, seed=3, only_first=True, num_workers=1)
     for step in range(3):
@@ -436,7 +436,7 @@ def test_workers_repeat_one_batch():
 
 
 def test_items_have_no_lag(monkeypatch):
-    monkeypatch.setitem(data_utils.DATASETS, "items", lambda: from_items(Arrays()))
+    monkeypatch.setitem(data_utils.DATASETS, "items", lambda: make_dataset(Items(Arrays()), None))
     fails("lag 1 needs trajectories, and items is read item by item", load_dataset, "items", lag=1)
 
 
@@ -563,14 +563,14 @@ def test_attributes_are_not_scaled_as_fields_of_as_many_channels():
 ])
 def test_items_with_labels_or_conditions_of_other_length(labels, cond, words):
     with pytest.raises(UserError, match=words):
-        from_items(np.zeros((10, 1, 4, 4), np.float32), labels, cond)
+        make_dataset(Items(np.zeros((10, 1, 4, 4), np.float32)), labels, cond=None if cond is None else Items(cond))
 
 
 def test_items_of_two_shapes_are_reported_in_one_line_also_by_a_worker():
     source = [np.zeros((1, 4, 4), np.float32)] * 9 + [np.zeros((1, 4, 5), np.float32)]
     with pytest.raises(UserError, match="different shapes"):
-        from_items(source)
-    data = from_items(source[:9])
+        make_dataset(Items(source), None)
+    data = make_dataset(Items(source[:9]), None)
     data.data.source = source[1:]
     with pytest.raises(UserError, match="^items have different shapes[^\n]*$"):
         for step in range(5):
@@ -578,4 +578,4 @@ def test_items_of_two_shapes_are_reported_in_one_line_also_by_a_worker():
 
 
 def test_fields_without_a_channel_get_one():
-    assert from_items(np.zeros((10, 4, 5), np.float32)).spec.shape == (1, 4, 5)
+    assert make_dataset(Items(np.zeros((10, 4, 5), np.float32)), None).spec.shape == (1, 4, 5)
