@@ -155,7 +155,7 @@ def compiles(config: Config, device, steps, enough):
     return True
 
 
-def formatted(config: Config, x: Tensor) -> Tensor:
+def formatted(config: Config, x):
     """A batch as the network gets it: images (B, C, H, W) in channels_last, if the settings say so; else as it is."""
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and config.channels_last else x
 

@@ -11,30 +11,29 @@ setting of config.py gets that setting.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 
-def downsample(x0: Tensor, downsample_factor: int) -> Tensor:
+def downsample(x0, downsample_factor):
     """Means over squares of downsample_factor x downsample_factor pixels."""
     return F.avg_pool2d(x0, downsample_factor)
 
 
-def grey(x0: Tensor) -> Tensor:
+def grey(x0):
     """The mean of the channels, as one channel."""
     return x0.mean(1, keepdim=True)
 
 
-def with_mask(x0: Tensor, visible: Tensor) -> Tensor:
+def with_mask(x0, visible):
     """x0 where `visible` (B, 1, H, W) is true and else 0, and one more channel: 1 where it is true, else 0."""
     return torch.cat([x0 * visible, visible.to(x0.dtype)], dim=1)
 
 
-def mask_pixels(x0: Tensor, uniform, mask_share: float) -> Tensor:
+def mask_pixels(x0, uniform, mask_share):
     """Hides each pixel with the probability mask_share."""
     return with_mask(x0, uniform(1, *x0.shape[2:]) >= mask_share)
 
 
-def mask_box(x0: Tensor, uniform, mask_share: float) -> Tensor:
+def mask_box(x0, uniform, mask_share):
     """Hides a box at a random place, with the proportions of the image and a share mask_share of its area."""
     u, inside = uniform(2), []
     for k, side in enumerate(x0.shape[2:]):

@@ -10,10 +10,9 @@ To add a coupling, write such a function and give it a row in COUPLINGS.
 """
 
 import torch
-from torch import Tensor
 
 
-def optimal_transport(x0: Tensor, x1: Tensor, label: Tensor | None) -> Tensor:
+def optimal_transport(x0, x1, label):
     """The order with the least sum of squared distances between x0 and x1[order], exact.
 
     It ignores the labels. With class-conditional data, each class then trains on noise with a distribution of its own,
@@ -26,7 +25,7 @@ def optimal_transport(x0: Tensor, x1: Tensor, label: Tensor | None) -> Tensor:
     return torch.as_tensor(linear_sum_assignment(cost.cpu().numpy())[1], device=x0.device)
 
 
-def optimal_transport_within_class(x0: Tensor, x1: Tensor, label: Tensor | None) -> Tensor:
+def optimal_transport_within_class(x0, x1, label):
     """As `optimal_transport`, but noise is exchanged within each class only, and so stays independent of the label."""
     order = torch.arange(len(x0), device=x0.device)
     for k in label.unique():

@@ -45,7 +45,7 @@ SPLITS = ("train", "test")
 constant = functools.lru_cache(torch.tensor)  # copied to a device once, since each copy makes a GPU wait
 
 
-def scale(x: Tensor, mean, std) -> Tensor:
+def scale(x, mean, std):
     """Mean and standard deviation, of one or of all channels shaped for x (B, C, ...)."""
     return constant((tuple(mean), tuple(std)), device=x.device).view(2, -1, *(1,) * (x.ndim - 2))
 
@@ -70,18 +70,18 @@ class DataSpec:
     def is_image(self):
         return len(self.shape) == 3 and not self.is_field
 
-    def encode(self, data: Tensor) -> Tensor:
+    def encode(self, data):
         """Data (B, ...) as they are stored -> float32 on the network's scale."""
         mean, std = scale(data, self.mean, self.std)
         return (data.float() - mean) / std
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x):
         """Samples (B, ...) on the network's scale -> uint8 images, rounded and clamped, or float32 items."""
         mean, std = scale(x, self.mean, self.std)
         data = x.float() * std + mean
         return data.round().clamp(0, 255).to(torch.uint8) if self.is_image else data
 
-    def condition(self, cond: Tensor) -> Tensor:
+    def condition(self, cond):
         """Conditions (B, ...) as they are stored -> as the network gets them: scaled, with a last channel of ones.
 
         The trainer hides a condition by zeros in all channels.
@@ -90,7 +90,8 @@ class DataSpec:
         return with_ones((cond.float() - mean) / std)
 
 
-def with_ones(cond: Tensor) -> Tensor:
+def with_ones(cond):
+    """Conditions (B, C, ...) with one more channel, of ones: it says that they are not hidden."""
     return torch.cat([cond, torch.ones_like(cond[:, :1])], dim=1)
 
 
@@ -116,7 +117,7 @@ class Dataset:
     cond: np.ndarray | Items | None = None  # (N, ...)
     corruption: Callable | None = None  # a function of (x0, uniform) that makes the conditions instead
 
-    def condition(self, x0: Tensor, cond: Tensor | None, uniform) -> Tensor | None:
+    def condition(self, x0, cond, uniform):
         """What the network gets as conditions of encoded items x0, whose stored conditions are `cond`; None if none.
 
         `uniform(*shape)` gives numbers (B, *shape) in (0, 1) to a corruption.
@@ -439,7 +440,7 @@ def cases(dataset: Dataset, num, samples_per_cond, class_conditional) -> Cases:
     return dataset.cases(rows, samples_per_cond)
 
 
-def spread_labels(labels: np.ndarray, n) -> Tensor:
+def spread_labels(labels, n):
     """Labels (n,) in the proportions of `labels`. For any m, the first m have these proportions too, to rounding.
 
     They are read from the sorted labels in steps of the golden ratio.

@@ -19,7 +19,7 @@ from utils import UserError, first_line
 CHANNELS = (1, 3, 4)  # that an image can have
 
 
-def channels_first(images: np.ndarray) -> np.ndarray:
+def channels_first(images) -> np.ndarray:
     """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) -> (N, C, H, W). Other arrays stay as they are."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         return images

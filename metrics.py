@@ -46,7 +46,7 @@ CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_RATE = 400, 256, 1e-2  # some 70 
 # ---- Points
 
 
-def energy_distance(x: Tensor, y: Tensor):
+def energy_distance(x, y):
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| of samples (N, D) and (M, D), without bias, so that it can be below 0.
 
     Szekely & Rizzo 2013, "Energy statistics", eq. 2.5. It is 0 if and only if the distributions are the same.
@@ -54,7 +54,7 @@ def energy_distance(x: Tensor, y: Tensor):
     return (2 * torch.cdist(x, y).mean() - torch.pdist(x).mean() - torch.pdist(y).mean()).item()
 
 
-def sliced_wasserstein(x: Tensor, y: Tensor, projections=200):
+def sliced_wasserstein(x, y, projections=200):
     """Sliced 2-Wasserstein distance of samples (N, D) and (N, D), over fixed random directions.
 
     Bonneel et al. 2015, "Sliced and Radon Wasserstein Barycenters of Measures", section 3.
@@ -64,7 +64,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections=200):
     return (x - y).square().mean().sqrt().item()
 
 
-def classifier_two_sample(x: Tensor, y: Tensor):
+def classifier_two_sample(x, y):
     """Share of held-out points of (N, D) and (N, D) that boosted trees assign to the right side: 0.5 is chance.
 
     Lopez-Paz & Oquab 2017, "Revisiting Classifier Two-Sample Tests", section 3. The mean over five folds.
@@ -77,7 +77,7 @@ def classifier_two_sample(x: Tensor, y: Tensor):
     return float(cross_val_score(trees, points, side, cv=5).mean())
 
 
-def compare_points(samples: Tensor, reference: Dataset):
+def compare_points(samples, reference: Dataset):
     """The metrics of vectors (N, D) or fields (N, C, H, W) against a reference, in units of its standard deviations.
 
     They are of the first samples and as many random items of the reference, at most POINTS. Raises UserError if samples
@@ -98,7 +98,7 @@ def compare_points(samples: Tensor, reference: Dataset):
 # ---- Features
 
 
-def compare_features(x: Tensor, reference: dict[str, Tensor]):
+def compare_features(x, reference: dict[str, Tensor]):
     """The metrics of features x (N, D) of samples against a reference, which is a result of `statistics_of`.
 
     - fd: |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of the means and covariances of features, the squared
@@ -122,7 +122,7 @@ def compare_features(x: Tensor, reference: dict[str, Tensor]):
 
 
 @torch.no_grad()
-def features_of(extractor, images: np.ndarray, device) -> Tensor:
+def features_of(extractor, images, device):
     """Features (N, D), float32, on the CPU, of uint8 images (N, C, H, W).
 
     Each rank takes its share of the images and gets the features of all. All ranks must call it.
@@ -134,7 +134,7 @@ def features_of(extractor, images: np.ndarray, device) -> Tensor:
     return gather_rows(torch.cat(all_or_none(lambda: list(in_batches(extract, rows, 100)) or [extract(rows)])))
 
 
-def statistics_of(extractor, images: np.ndarray, device) -> dict[str, Tensor]:
+def statistics_of(extractor, images, device) -> dict[str, Tensor]:
     """Mean `mu` (D,) and covariance `sigma` (D, D) of the features of images, float64, and `features` of SUBSET or all.
 
     The images are read once, SUBSET at a time: memory does not grow with their number. All ranks must call it.
@@ -155,7 +155,7 @@ def statistics_of(extractor, images: np.ndarray, device) -> dict[str, Tensor]:
 # ---- Fields, and samples with a condition
 
 
-def spectrum(fields: Tensor) -> Tensor:
+def spectrum(fields):
     """Radially averaged power (K,) of the first channel of fields (N, C, H, W), float64, at wavenumbers 1 to K.
 
     K is half the shorter side. Wavenumbers count waves in the whole field, each mean over modes within 1/2 of them.
@@ -166,12 +166,12 @@ def spectrum(fields: Tensor) -> Tensor:
     return torch.stack([power[(radius - k).abs() <= 0.5].mean() for k in range(1, min(H, W) // 2 + 1)])
 
 
-def spectral_distance(samples: Tensor, truth: Tensor):
+def spectral_distance(samples, truth):
     """Root mean square difference of the logarithms of two spectra, of fields (N, C, H, W) and (M, C, H, W), in dB."""
     return 10 * (spectrum(samples) / spectrum(truth)).log10().square().mean().sqrt().item()
 
 
-def compare_ensembles(samples: Tensor, truth: Tensor, spec):
+def compare_ensembles(samples, truth, spec):
     """How well samples (n * K, ...), K for each condition, forecast the truth (n, ...), on the network's scale.
 
     - rmse: of the mean of the K samples.
@@ -205,7 +205,7 @@ def compare_ensembles(samples: Tensor, truth: Tensor, spec):
 # ---- What is kept in data/cache
 
 
-def content(data: np.ndarray):
+def content(data):
     """The SHA-256 of an array's type, shape and values, as hexadecimal digits."""
     hashed = hashlib.sha256(f"{data.dtype} {data.shape}".encode())
     rows = max(1, 2**24 // math.prod(data.shape[1:]))
@@ -251,7 +251,7 @@ class Classifier(nn.Module):
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(width, classes)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images):
         return self.body(images.float() / 127.5 - 1)  # (B, 64)
 
 
@@ -334,7 +334,7 @@ class Inception(nn.Module):
         self.net = all_or_none(lambda: rank0_first(load)).to(device)
         self.sha256 = digest(self.net.state_dict())
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images):
         return self.net(images[:, :3].expand(-1, 3, -1, -1))[0]  # grey images get three channels
 
 
@@ -344,7 +344,7 @@ EXTRACTORS = {"classifier": make_classifier, "inception": Inception}
 # ---- Neighbours
 
 
-def nearest(images: np.ndarray, data: np.ndarray, k, device) -> tuple[Tensor, Tensor]:
+def nearest(images, data, k, device) -> tuple[Tensor, Tensor]:
     """The k items of data (M, ...) nearest to each of images (N, ...), both uint8: distances and indices (N, k).
 
     Distances are of pixel values. The data are read in parts. Memory: 4 bytes for each pair of image and item.
@@ -390,7 +390,7 @@ class Evaluator:
             self.reference = cached("reference", [reference.data], self.extractor.sha256,
                                     lambda: statistics_of(self.extractor, reference.data, device))
 
-    def __call__(self, samples: Tensor, labels: Tensor | None = None, truth: Tensor | None = None):
+    def __call__(self, samples, labels=None, truth=None):
         """The metrics of decoded samples (N, ...), on every rank; `labels` (N,) are those that they were drawn for.
 
         `truth` (n, ...) are the items of whose conditions each has N / n samples, one after the other.

@@ -16,7 +16,6 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import saving
@@ -30,7 +29,7 @@ from optimizers import make_optimizer
 from utils import UserError, call_with_settings, warn
 
 
-def means(rows: Tensor):
+def means(rows):
     """Mean loss, also by quarter of t, and gradient norm, from a `window`, without steps that are not finite.
 
     The sums are exact, so that they do not depend on the order of the rows, and thus not on the number of ranks.
@@ -113,7 +112,7 @@ class Run:
             on_rank0(lambda: self.logger.log(self.step, values))
         self.restart_clock()
 
-    def picture(self, items: Tensor, drawn_for=None):
+    def picture(self, items, drawn_for=None):
         """A picture of samples or data: a grid of images, by class if these are few, or a scatter plot of points."""
         few = self.config.class_conditional and self.spec.num_classes <= 16
         return picture_of(items, self.spec.num_classes if few else None, self.dataset.data, drawn_for, self.spec)
@@ -140,7 +139,7 @@ class Run:
         """Labels and conditions of `num` samples."""
         return call_with_settings(cases, vars(self.config), dataset=self.held_out, num=num)
 
-    def samples(self, weights, sampler, cases: Cases) -> Tensor:
+    def samples(self, weights, sampler, cases: Cases):
         """Decoded samples, of which each rank draws its share."""
         net = self.net if weights == "raw" else self.ema.net
         return self.draw(self.config, self.spec, self.process, net, self.device, cases, sampler)[0]

@@ -132,7 +132,7 @@ def conditions_of(path, run: Loaded) -> Cases:
     return Cases(len(cond), cond=cond, times=times)
 
 
-def rollout(run: Loaded, given: Cases, steps) -> Tensor:
+def rollout(run: Loaded, given: Cases, steps):
     """Forecasts (N, steps, ...), decoded: each is drawn with the one before as its condition."""
     if run.spec.cond_shape != run.spec.shape or run.config.corruption:
         raise UserError(f"rollout needs a condition like the data, such as that of --lag, and theirs are "
@@ -148,7 +148,7 @@ def rollout(run: Loaded, given: Cases, steps) -> Tensor:
 # ---- From noise to data
 
 
-def trajectory(run: Loaded, given: Cases) -> Tensor:
+def trajectory(run: Loaded, given: Cases):
     """Samples on their way, decoded, (F, num, ...): at up to FRAMES times of the grid, and then the samples.
 
     The state at a time is what the network gets in the call at the nearest time; of several calls at one time, in the
@@ -173,7 +173,7 @@ def trajectory(run: Loaded, given: Cases) -> Tensor:
     return torch.stack(frames)
 
 
-def save_trajectory(states: Tensor, spec: DataSpec, path):
+def save_trajectory(states, spec: DataSpec, path):
     """Writes the result of `trajectory` as an animated GIF, which pauses at its end.
 
     Images and fields come in a grid. Of points the first and the last coordinate are drawn, up to three standard

@@ -100,7 +100,7 @@ class DiffusionTrainer(Run):
         batch = Batch(x0, x1, t, importance, label, cond)
         return batch.rows(self.own_rows) if coupling else batch
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch):
         """The weighted squared error of each prediction, read as target_type, mean over pixels: (B,) float32."""
         config = self.config
         c, m = self.process.coefs(batch.t, batch.x0.ndim), BASES[config.base](batch.cond, self.spec.shape)
@@ -187,7 +187,7 @@ class DiffusionTrainer(Run):
                 break
         return stop or agreed_stop()  # or in what a kill had prevented
 
-    def to_device(self, x: Tensor) -> Tensor:
+    def to_device(self, x):
         """Copies without waiting for a GPU."""
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
 
