@@ -163,17 +163,16 @@ def vorticity(trajectories, frames, seed, size=32, solved_at=64, interval=0.5, d
     long after `rest`, a multiple of `interval`, from the vorticity `initial` (solved_at, solved_at).
     """
     generator, n = torch.Generator().manual_seed(seed), solved_at
-    k = torch.fft.fftfreq(n, 1 / n)
-    kx, ky = torch.meshgrid(k[: n // 2 + 1].abs(), k, indexing="xy")
+    kx, ky = torch.meshgrid(torch.fft.rfftfreq(n, 1 / n), torch.fft.fftfreq(n, 1 / n), indexing="xy")
     square, highest = kx**2 + ky**2, torch.maximum(kx, ky.abs())
     kept, shown = (highest < n / 3) & (square > 0), highest < size / 2
-    slopes = 1j * torch.stack([kx, ky])
-    to_velocity = torch.stack([slopes[1], -slopes[0]]) / square.clamp(min=1)  # by the stream function
+    inverse = 1 / square.clamp(min=1)
+    operators = 1j * torch.stack([ky * inverse, -kx * inverse, kx, ky])  # w -> velocity (u, v) and slopes of w
     decay = torch.exp(-dt * (viscosity * square + drag))
 
     def transport(w):  # -v . grad w
-        velocity, slope = torch.fft.irfft2(to_velocity * w[:, None]), torch.fft.irfft2(slopes * w[:, None])
-        return -torch.fft.rfft2((velocity * slope).sum(1)) * kept
+        u, v, slope_x, slope_y = torch.fft.irfft2(operators * w[:, None]).unbind(1)
+        return -torch.fft.rfft2(u * slope_x + v * slope_y) * kept
 
     y, x = torch.meshgrid(*2 * [torch.arange(n) * 2 * math.pi / n], indexing="ij")
     phases = torch.stack([6 * x, 7 * y, 5 * (x + y), 8 * (x + y)])
