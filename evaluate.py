@@ -345,7 +345,7 @@ def curve(e: Evaluation):
                 samples, nfe = e.draw(e.given, sampler=name, **changes)
                 values = e.evaluate(samples, e.given)
             except UserError as error:
-                print0(f"{name} with {steps} steps or more is left out: {error}")
+                print0(f"{name} with {steps} steps or more is left out: {str(error).partition(':')[0]}")
                 break
             points.append({"sampler": name, **changes, "nfe": nfe, **values})
             print0(f"{name:20} {steps:3} steps  {in_words(points[-1])}")
