@@ -3,7 +3,7 @@
 A data set is an array of uint8 images (N, C, H, W), float32 fields (N, C, H, W) or float32 vectors (N, D), with labels
 (N,) int64 or None, and a condition of each item or None. Its `DataSpec` gives the scale: `encode` takes images to
 [-1, 1], and fields and vectors to mean 0 and standard deviation 1, by channel; `decode` takes samples back. Arrays stay
-in memory, except those of an image folder and of .npy files of fields, which stay on disk.
+in memory, except those of an image folder and of .npy files of images and fields, which stay on disk.
 
 To add a data set, write a function that returns `make_dataset(data, labels)`, and give it a row in DATASETS. Of
 `data_dir`, `image_size`, `download` and `split` it gets those that it has as parameters (`utils.call_with_settings`).
@@ -46,7 +46,7 @@ constant = functools.lru_cache(torch.tensor)  # copied to a device once, since e
 
 
 def scale(x, mean, std):
-    """Mean and standard deviation, of one or of all channels shaped for x (B, C, ...)."""
+    """Mean and standard deviation, of one or of all channels, shaped for x (B, C, ...)."""
     return constant((tuple(mean), tuple(std)), device=x.device).view(2, -1, *(1,) * (x.ndim - 2))
 
 
