@@ -4,24 +4,27 @@ All times lie in [T_min, T_max]. `sampler.density(t)` is their probability densi
 with which the loss at these times estimates the mean loss of uniform times, without bias. `batch_size` is that of the
 global batch, since a stratified sampler must see all of it: every rank draws all times and takes its rows.
 
-To add a time sampler, write a class with `unit` and `unit_density` on [0, 1] and give it a row in TIME_SAMPLERS. An
-argument of its `__init__` that has the name of a setting of config.py gets that setting; the argument `process` gets
-the process.
+To add a time sampler, write a class with `unit` and `unit_density` on [0, 1] and give it a row in TIME_SAMPLERS. A
+field of a dataclass, or an argument of `__init__`, that has the name of a setting of config.py gets that setting; the
+field `process` gets the process.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from processes import Process
 from utils import UserError
 
 
+@dataclass
 class Uniform:
     """t uniform on [T_min, T_max]."""
 
-    def __init__(self, T_min: float = 0.0, T_max: float = 1.0):
-        self.T_min, self.T_max = T_min, T_max
+    T_min: float = 0.0
+    T_max: float = 1.0
 
     def unit(self, batch_size: int, device, generator) -> Tensor:
         """Times (B,) in [0, 1], not yet scaled to [T_min, T_max]. A subclass overrides this and `unit_density`."""
@@ -71,48 +74,46 @@ def inside(u: Tensor) -> Tensor:
     return u.double().clamp(1e-8, 1 - 1e-8)
 
 
+@dataclass
 class LogitNormal(Uniform):
     """logit(t) ~ N(loc, scale^2) on [0, 1], and then scaled to [T_min, T_max].
 
     (Esser et al. 2024, "Scaling Rectified Flow", eq. 19.)
     """
 
-    def __init__(self, T_min: float = 0.0, T_max: float = 1.0, logit_normal_loc: float = 0.0,
-                 logit_normal_scale: float = 1.0):
-        super().__init__(T_min, T_max)
-        self.loc, self.scale = logit_normal_loc, logit_normal_scale
+    logit_normal_loc: float = 0.0
+    logit_normal_scale: float = 1.0
 
     def unit(self, batch_size, device, generator):
         normal = torch.randn(batch_size, device=device, generator=generator)
-        return torch.sigmoid(self.loc + self.scale * normal)
+        return torch.sigmoid(self.logit_normal_loc + self.logit_normal_scale * normal)
 
     def unit_density(self, u):
-        v = inside(u)
-        return (normal_density((torch.logit(v) - self.loc) / self.scale) / (self.scale * v * (1 - v))).to(u.dtype)
+        v, scale = inside(u), self.logit_normal_scale
+        return (normal_density((torch.logit(v) - self.logit_normal_loc) / scale) / (scale * v * (1 - v))).to(u.dtype)
 
 
+@dataclass
 class Beta(Uniform):
     """t ~ Beta(a, b) on [0, 1], and then scaled to [T_min, T_max]; a = b = 1 is uniform, a > b means more noise."""
 
-    def __init__(self, T_min: float = 0.0, T_max: float = 1.0, time_beta_a: float = 1.0, time_beta_b: float = 2.0):
-        super().__init__(T_min, T_max)
-        self.a, self.b = time_beta_a, time_beta_b
+    time_beta_a: float = 1.0
+    time_beta_b: float = 2.0
 
     def unit(self, batch_size, device, generator):
         # torch.distributions.Beta calls this function too, but accepts no generator
-        x, y = (torch._standard_gamma(shape, generator=generator)
-                for shape in self.shapes(torch.empty(batch_size, device=device)))
+        x, y = (torch._standard_gamma(torch.full((batch_size,), shape, dtype=torch.float64, device=device), generator)
+                for shape in (self.time_beta_a, self.time_beta_b))
         return x / (x + y)
 
-    def shapes(self, like):
-        """a and b as float64 tensors with the shape and device of `like`; nothing is copied to a GPU."""
-        return [torch.full_like(like, shape, dtype=torch.float64) for shape in (self.a, self.b)]
-
     def unit_density(self, u):
-        density = torch.distributions.Beta(*self.shapes(u), validate_args=False)  # validation would wait for a GPU
-        return density.log_prob(inside(u)).exp().to(u.dtype)
+        """v^(a - 1) (1 - v)^(b - 1) / B(a, b), with B(a, b) = Gamma(a) Gamma(b) / Gamma(a + b)."""
+        v, a, b = inside(u), self.time_beta_a, self.time_beta_b
+        log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+        return ((a - 1) * v.log() + (b - 1) * (1 - v).log() - log_beta).exp().to(u.dtype)
 
 
+@dataclass
 class Mode(Uniform):
     """SD3's mode sampling with heavy tails: t = 1 - u - s (cos^2(pi u / 2) - 1 + u) for uniform u.
 
@@ -120,18 +121,16 @@ class Mode(Uniform):
     of u for -1 <= s <= 2 / (pi - 2).
     """
 
-    def __init__(self, T_min: float = 0.0, T_max: float = 1.0, mode_scale: float = 1.29):
-        super().__init__(T_min, T_max)
-        self.s = mode_scale
+    mode_scale: float = 1.29  # s
 
     def map(self, u):
-        return 1 - u - self.s * (torch.cos(0.5 * math.pi * u) ** 2 - 1 + u)
+        return 1 - u - self.mode_scale * (torch.cos(0.5 * math.pi * u) ** 2 - 1 + u)
 
     def unit(self, batch_size, device, generator):
         return self.map(torch.rand(batch_size, device=device, generator=generator, dtype=torch.float64))
 
     def slope(self, u):
-        return 1 + self.s * (1 - 0.5 * math.pi * torch.sin(math.pi * u))  # -map'(u)
+        return 1 + self.mode_scale * (1 - 0.5 * math.pi * torch.sin(math.pi * u))  # -map'(u)
 
     def unit_density(self, u):
         """1 / |map'(v)| at the v with map(v) = u.
@@ -161,6 +160,7 @@ class CosMap(Uniform):
         return 2 / (math.pi * (1 - 2 * u + 2 * u**2))
 
 
+@dataclass(kw_only=True)
 class EDMLogNormal(Uniform):
     """log(sigma / alpha) ~ N(P_mean, P_std^2), truncated to [T_min, T_max].
 
@@ -168,29 +168,31 @@ class EDMLogNormal(Uniform):
     [T_min, T_max].
     """
 
-    def __init__(self, process, T_min: float = 0.0, T_max: float = 1.0, edm_P_mean: float = -1.2,
-                 edm_P_std: float = 1.2):
-        super().__init__(T_min, T_max)
-        self.process, self.mean, self.std = process, edm_P_mean, edm_P_std
-        self.ends = torch.special.ndtr(torch.stack([self.normal(process.at(time)) for time in (T_min, T_max)])).tolist()
-        if not self.ends[1] - self.ends[0] > 1e-3:
-            raise UserError(f"edm_P_mean {edm_P_mean} and edm_P_std {edm_P_std} put fewer than one time in 1,000 "
-                            "between T_min and T_max: use values such as -1.2 and 1.2")
+    process: Process
+    edm_P_mean: float = -1.2
+    edm_P_std: float = 1.2
+
+    def __post_init__(self):
+        ends = torch.stack([self.normal(self.process.at(time)) for time in (self.T_min, self.T_max)])
+        self.low, high = torch.special.ndtr(ends).tolist()
+        self.share = high - self.low  # of the distribution that lies in [T_min, T_max]
+        if not self.share > 1e-3:
+            raise UserError(f"edm_P_mean {self.edm_P_mean} and edm_P_std {self.edm_P_std} put fewer than one time in "
+                            "1,000 between T_min and T_max: use values such as -1.2 and 1.2")
 
     def normal(self, c):
         """log(sigma / alpha), standardized: N(0, 1) before it is truncated."""
-        return (-c.log_snr / 2 - self.mean) / self.std
+        return (-c.log_snr / 2 - self.edm_P_mean) / self.edm_P_std
 
     def __call__(self, batch_size, device=None, generator=None):
-        low, high = self.ends
-        u = low + (high - low) * torch.rand(batch_size, device=device, generator=generator, dtype=torch.float64)
-        t = self.process.time(-2 * (self.mean + self.std * torch.special.ndtri(u)))
+        u = self.low + self.share * torch.rand(batch_size, device=device, generator=generator, dtype=torch.float64)
+        t = self.process.time(-2 * (self.edm_P_mean + self.edm_P_std * torch.special.ndtri(u)))
         return t.float().clamp(self.T_min, self.T_max)
 
     def density(self, t):
         c = self.process.coefs(t.double())
-        normal_dot = c.delta / c.sigma**2 / self.std  # the derivative of `normal` in t
-        return (normal_density(self.normal(c)) * normal_dot / (self.ends[1] - self.ends[0])).to(t.dtype)
+        normal_dot = c.delta / c.sigma**2 / self.edm_P_std  # the derivative of `normal` in t
+        return (normal_density(self.normal(c)) * normal_dot / self.share).to(t.dtype)
 
 
 TIME_SAMPLERS = {
