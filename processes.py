@@ -9,11 +9,12 @@ delta = sigma sigma_dot - f sigma^2 (Lu et al. 2022, "DPM-Solver", section 2.1).
 The bases: `noise`, N(0, I), m = 0; and `condition`, N(m, base_std^2 I), where m is the condition itself (Albergo et al.
 2023, "Stochastic Interpolants with Data-Dependent Couplings"). With the process `foellmer` it is the point m.
 
-To add a process, write a class with two formulas and give it a row in PROCESSES. An argument of its `__init__` that has
-the name of a setting of config.py gets that setting.
+To add a process, write a class with two formulas and give it a row in PROCESSES. A field of a dataclass, or an argument
+of `__init__`, that has the name of a setting of config.py gets that setting.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ class Coefs(NamedTuple):
     @property
     def own_eps(self) -> Tensor:
         """Half the squared noise of the process's own reverse SDE: delta, unless it has an `x1_drift`."""
-        return self.delta if self.x1_drift is None else self.sigma * (self.x1_drift - self.sigma_dot)
+        return self.sigma * (self.drift - self.sigma_dot)
 
     @property
     def log_snr(self) -> Tensor:
@@ -72,6 +73,11 @@ class Coefs(NamedTuple):
     def variance(self) -> Tensor:
         """Variance of xt: alpha^2 sigma_data^2 + sigma^2."""
         return self.alpha**2 * self.sigma_data**2 + self.sigma**2
+
+
+def derivative(function, t: Tensor) -> Tensor:
+    """The derivative of a function of t, in the shape of t, by automatic differentiation."""
+    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
 
 
 class Process:
@@ -94,13 +100,13 @@ class Process:
         raise NotImplementedError
 
     def alpha_dot(self, t: Tensor) -> Tensor:
-        return torch.func.jvp(self.alpha, (t,), (torch.ones_like(t),))[1]
+        return derivative(self.alpha, t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:
-        return torch.func.jvp(self.sigma, (t,), (torch.ones_like(t),))[1]
+        return derivative(self.sigma, t)
 
     def shift_dot(self, t: Tensor) -> Tensor:
-        return torch.func.jvp(self.shift, (t,), (torch.ones_like(t),))[1]
+        return derivative(self.shift, t)
 
     def coefs(self, t: Tensor, ndim: int = 1) -> Coefs:
         """The coefficients at t (B,), shaped to multiply a batch of `ndim` dimensions."""
@@ -131,10 +137,10 @@ class Process:
         """
         return invert(self.log_snr, log_snr, 0.0, 1.0)
 
-    def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor, m: Tensor | float = 0.0) -> Tensor:
-        """xt = alpha x0 + sigma x1 + shift m, for x0, x1 and m (B, ...) and t (B,)."""
+    def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        """z = alpha x0 + sigma x1, for x0 and x1 (B, ...) and t (B,): xt without its known part shift m."""
         c = self.coefs(t, x0.ndim)
-        return c.alpha * x0 + c.sigma * x1 + c.shift * m
+        return c.alpha * x0 + c.sigma * x1
 
 
 class FromFunctions(Process):
@@ -183,15 +189,16 @@ class Cosine(Process):
         return torch.sin(0.5 * math.pi * t)
 
     def alpha_dot(self, t):
-        return -0.5 * math.pi * torch.sin(0.5 * math.pi * t)
+        return -0.5 * math.pi * self.sigma(t)
 
     def sigma_dot(self, t):
-        return 0.5 * math.pi * torch.sin(0.5 * math.pi * (1 - t))
+        return 0.5 * math.pi * self.alpha(t)
 
     def inverse(self, log_snr):
         return torch.atan((-log_snr / 2).exp()) / (0.5 * math.pi)
 
 
+@dataclass
 class LinearVP(Process):
     """Variance preserving: alpha^2 + sigma^2 = 1, with a noise rate beta(t) that is linear in t.
 
@@ -199,8 +206,8 @@ class LinearVP(Process):
     computed as -expm1(2 log alpha). In float32, 1 - alpha^2 could be 1.2% off at t = 1e-4.
     """
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
-        self.beta_min, self.beta_max = beta_min, beta_max
+    beta_min: float = 0.1
+    beta_max: float = 20.0
 
     def beta(self, t):
         return self.beta_min + (self.beta_max - self.beta_min) * t
@@ -260,7 +267,7 @@ class VE(Process):
         if not sigma_min > 0:
             raise UserError(
                 f"sigma_min {sigma_min}: process ve needs more than 0; use --sigma_min 0.002, or --process ve_linear")
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.sigma_min, self.sigma_max, self.rate = sigma_min, sigma_max, math.log(sigma_max / sigma_min)
 
     def alpha(self, t):
         return torch.ones_like(t)
@@ -269,13 +276,13 @@ class VE(Process):
         return torch.zeros_like(t)
 
     def sigma(self, t):
-        return self.sigma_min * torch.exp(math.log(self.sigma_max / self.sigma_min) * t)
+        return self.sigma_min * torch.exp(self.rate * t)
 
     def sigma_dot(self, t):
-        return math.log(self.sigma_max / self.sigma_min) * self.sigma(t)
+        return self.rate * self.sigma(t)
 
     def inverse(self, log_snr):
-        return (-log_snr / 2 - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
+        return (-log_snr / 2 - math.log(self.sigma_min)) / self.rate
 
 
 class EDM(VE):
@@ -291,21 +298,17 @@ class EDM(VE):
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
-
-    def root(self, t):
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return low + (high - low) * t, high - low  # sigma^(1 / rho) and its derivative in t
+        self.low = sigma_min ** (1 / rho)  # sigma^(1 / rho) = low + slope t
+        self.slope = sigma_max ** (1 / rho) - self.low
 
     def sigma(self, t):
-        return self.root(t)[0] ** self.rho
+        return (self.low + self.slope * t) ** self.rho
 
     def sigma_dot(self, t):
-        root, slope = self.root(t)
-        return self.rho * slope * root ** (self.rho - 1)
+        return self.rho * self.slope * (self.low + self.slope * t) ** (self.rho - 1)
 
     def inverse(self, log_snr):
-        low, slope = self.root(0.0)
-        return ((-log_snr / (2 * self.rho)).exp() - low) / slope
+        return ((-log_snr / (2 * self.rho)).exp() - self.low) / self.slope
 
 
 class LinearVE(EDM):
@@ -318,6 +321,7 @@ class LinearVE(EDM):
         super().__init__(sigma_min, sigma_max, rho=1.0)
 
 
+@dataclass
 class Foellmer(Process):
     """alpha = (1 - t)^p, shift = t, sigma = epsilon t sqrt(1 - t): from the point m, as a forecast from the last state.
 
@@ -326,22 +330,22 @@ class Foellmer(Process):
     drift without singularity. `delta` is that of the Foellmer process, with singular coefficients at t = 1.
     """
 
+    foellmer_epsilon: float = 1.0  # epsilon
+    foellmer_power: float = 2.0  # p
+
     last = 1 - 1e-12  # at the point, the 2 x 2 system is 0 = 0; its solution has a limit
 
-    def __init__(self, foellmer_epsilon: float = 1.0, foellmer_power: float = 2.0):
-        self.epsilon, self.power = foellmer_epsilon, foellmer_power
-
     def alpha(self, t):
-        return (1 - t) ** self.power
+        return (1 - t) ** self.foellmer_power
 
     def alpha_dot(self, t):
-        return -self.power * (1 - t) ** (self.power - 1)
+        return -self.foellmer_power * (1 - t) ** (self.foellmer_power - 1)
 
     def sigma(self, t):
-        return self.epsilon * t * (1 - t).sqrt()
+        return self.foellmer_epsilon * t * (1 - t).sqrt()
 
     def sigma_dot(self, t):
-        return self.epsilon * (1 - 1.5 * t) / (1 - t).sqrt()
+        return self.foellmer_epsilon * (1 - 1.5 * t) / (1 - t).sqrt()
 
     def shift(self, t):
         return t
@@ -350,10 +354,10 @@ class Foellmer(Process):
         return torch.ones_like(t)
 
     def half_g2(self, t):
-        return self.epsilon**2 * (t + (self.power - 1.5) * t**2)
+        return self.foellmer_epsilon**2 * (t + (self.foellmer_power - 1.5) * t**2)
 
     def x1_drift(self, t):
-        return self.epsilon * (1 - t).sqrt()
+        return self.foellmer_epsilon * (1 - t).sqrt()
 
 
 PROCESSES = {
@@ -375,10 +379,10 @@ class AroundMean(Process):
             self.half_g2 = lambda t: base_std**2 * process.half_g2(t)
 
     def sigma(self, t):
-        return self.std * self.process.sigma(t)
+        return self.std * self.shift(t)
 
     def sigma_dot(self, t):
-        return self.std * self.process.sigma_dot(t)
+        return self.std * self.shift_dot(t)
 
     def inverse(self, log_snr):
         return self.process.inverse(log_snr + 2 * math.log(self.std))
