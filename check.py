@@ -21,7 +21,7 @@ from torch import Tensor
 
 from likelihood import PROBES, flow, log_likelihood
 from prediction import PREDICTIONS, convert, row, without_mean
-from processes import PROCESSES, Coefs, Process, make_process
+from processes import PROCESSES, FromFunctions, Process, make_process
 from sampling import DIFFUSIONS, FROM_A_POINT, ODE_SAMPLERS, SDE_SAMPLERS, Field, dopri5, make_grid
 
 T_MIN, T_MAX = 1e-4, 0.9999
@@ -84,7 +84,8 @@ class GaussianMixture:
         x0, x1 = torch.randn(2, n, self.means.shape[1], generator=generator, dtype=torch.float64,
                              device=self.means.device)
         x0 = self.means[label] + torch.einsum("be,bde->bd", self.values[label].sqrt() * x0, self.vectors[label])
-        xt = self.process.interpolate(x0, x1, torch.full_like(x0[:, 0], t)) if t else x0
+        c = self.process.at(t)
+        xt = c.alpha * x0 + c.sigma * x1 if t else x0
         return xt.reshape(n, *self.shape), label
 
     def flow(self, x: Tensor, t_from, t_to) -> Tensor:
@@ -98,37 +99,39 @@ class GaussianMixture:
         return there.reshape(x.shape).to(x.dtype)
 
 
-class PairedMixture:
+class PairedMixture(GaussianMixture):
     """(x0, m) from N(means[k], covariances[k]) with probability weights[k], where m is the mean of the base.
 
     Called as net(xt, t, label, cond), with cond (B, D + 1) of m and ones, it predicts `kind` given m. Without cond, m
-    is unknown, and that of the base is 0. `means` (K, 2 D) are of x0 and then m, `covariances` (K, 2 D, 2 D).
+    is unknown, and that of the base is 0: this is the mixture of x0 alone. `means` (K, 2 D) are of x0 and then m,
+    `covariances` (K, 2 D, 2 D).
     """
 
     def __init__(self, process: Process, kind, means: Tensor, covariances: Tensor, weights: Tensor):
-        self.process, self.kind, D = process, kind, means.shape[1] // 2
-        self.alone = GaussianMixture(process, kind, means[:, :D], covariances[:, :D, :D], weights)
+        D = means.shape[1] // 2
+        super().__init__(process, kind, means[:, :D], covariances[:, :D, :D], weights)
         self.of_m = GaussianMixture(process, kind, means[:, D:], covariances[:, D:, D:], weights)
         cross = covariances[:, :D, D:].double()
         self.gain = cross @ torch.linalg.inv(self.of_m.covariances)
-        self.rest = GaussianMixture(process, kind, means[:, :D], self.alone.covariances - self.gain @ cross.mT, weights)
+        self.rest = GaussianMixture(process, kind, self.means, self.covariances - self.gain @ cross.mT, weights)
 
     def given(self, m: Tensor) -> GaussianMixture:
         """x0 given each row of m (B, D), as a mixture for a batch of B rows."""
         found = copy.copy(self.rest)
-        found.means = self.rest.means + torch.einsum("kde,bke->bkd", self.gain, m.double()[:, None] - self.of_m.means)
+        found.means = self.means + torch.einsum("kde,bke->bkd", self.gain, m.double()[:, None] - self.of_m.means)
         found.log_weights = self.of_m.components(m, 0.0)[3].log_softmax(1)[None]
         return found
 
     def __call__(self, xt: Tensor, t: Tensor | float, label=None, cond: Tensor | None = None) -> Tensor:
         """The prediction at xt (B, D), in the type of xt."""
         if cond is None:
-            return self.alone(xt, t)
+            return super().__call__(xt, t)
         m, c = cond[:, :-1], self.process.coefs(torch.as_tensor(t, dtype=torch.float64), 2)
         return without_mean(self.given(m)(xt - c.shift * m, t), c, self.kind, -m).to(xt.dtype)
 
 
 M = torch.tensor([[0.3, -0.4]], dtype=torch.float64)  # the mean of the base, in all checks
+COND = torch.cat([M, torch.ones(1, 1)], dim=1)  # what the network gets of it
 
 
 def pairs(process: Process, kind="velocity") -> PairedMixture:
@@ -147,8 +150,7 @@ def mixture(process: Process, kind="velocity") -> GaussianMixture:
 
 def given(process: Process, kind, n) -> Field:
     """The exact field of x0 given m = M, for n rows: its network gets xt and the condition."""
-    cond = torch.cat([M, torch.ones(1, 1)], dim=1).expand(n, 3)
-    return Field(pairs(process, kind), process, kind, cond=cond, m=M)
+    return Field(pairs(process, kind), process, kind, cond=COND.expand(n, 3), m=M)
 
 
 def start(data: GaussianMixture, n, high, low) -> tuple[Field, Tensor, float, float]:
@@ -178,8 +180,7 @@ def worst(pairs, floor=None):
 def coefficient_error(process: Process, dtype):
     """Every coefficient in this type against float64 with derivatives by automatic differentiation, relative."""
     t = TIMES.float().double()  # times that float32 has, too
-    slopes = (torch.func.jvp(function, (t,), (torch.ones_like(t),))[1] for function in (process.alpha, process.sigma))
-    c, exact = process.coefs(t.to(dtype)), Coefs(process.alpha(t), process.sigma(t), *slopes)
+    c, exact = process.coefs(t.to(dtype)), FromFunctions(process.alpha, process.sigma).coefs(t)
     return worst(((getattr(c, name), getattr(exact, name)) for name in (
         "alpha", "sigma", "alpha_dot", "sigma_dot", "delta", "f", "g")), floor=1e-300)
 
@@ -199,12 +200,10 @@ def conversion_error(process: Process):
     """
     t, data = torch.linspace(0.02, 0.98, 64, dtype=torch.float64), mixture(process)
     x0, _ = data.sample(64)
-    c, z = process.coefs(t, 2), process.interpolate(x0, torch.randn_like(x0), t).requires_grad_()
-    y = {}
-    for kind in PREDICTIONS:
-        field = given(process, kind, 64)
-        _, cond, m = field.given
-        y[kind] = without_mean(field.net(z + c.shift * m, t, None, cond), c, kind, m)
+    c = process.coefs(t, 2)
+    z = (c.alpha * x0 + c.sigma * torch.randn_like(x0)).requires_grad_()
+    y = {kind: without_mean(pairs(process, kind)(z + c.shift * M, t, None, COND.expand(64, 3)), c, kind, M)
+         for kind in PREDICTIONS}
     exact = y | {"score": torch.autograd.grad(data.log_prob(z, t).sum(), z)[0]}
     return worst((convert(y[kind], z, c, kind, to), exact[to]) for kind in y for to in y)
 
@@ -275,7 +274,7 @@ def hutchinson_error(process: Process, probe):
     data = mixture(process)
     field = given(process, "velocity", 2000)
     x0 = data.sample(1, t=T_MIN)[0].expand(2000, 2)
-    e = PROBES[probe](noise=lambda: torch.randn_like(x0))
+    e = PROBES[probe](lambda: torch.randn_like(x0))
     log_p = log_likelihood(field, x0, T_MIN, T_MAX, e, lambda x: data.log_prob(x, T_MAX))
     return abs((log_p.mean() - data.log_prob(x0, T_MIN)[0]) / (log_p.std() / 2000**0.5)).item()
 

@@ -24,7 +24,7 @@ from utils import RowNoise, call_with_settings, in_batches, look_up
 
 # The vector e of Hutchinson's estimate, made from standard normal noise. None: the exact divergence.
 PROBES = {
-    "exact": lambda: None,
+    "exact": lambda noise: None,
     "rademacher": lambda noise: torch.where(noise() < 0, -1.0, 1.0),
     "gaussian": lambda noise: noise(),
 }
@@ -33,15 +33,15 @@ PROBES = {
 def divergence(velocity: Tensor, x: Tensor, probe: Tensor | None) -> Tensor:
     """div velocity, (B,), at x (B, ...). `velocity` must be computed from this x, which must require gradients.
 
-    It is exact without a probe, and with a probe e (B, ...) it is Hutchinson's estimate.
+    With a probe e (B, ...) it is Hutchinson's estimate, e^T (d velocity / dx) e. Without one it is exact: the sum of
+    these over all unit vectors e.
     """
-    if probe is not None:
-        (gradient,) = torch.autograd.grad(velocity, x, probe)
-        return (gradient * probe).flatten(1).sum(1)
-    flat, total = velocity.flatten(1), torch.zeros_like(x.flatten(1)[:, 0])
-    for i in range(flat.shape[1]):
-        (gradient,) = torch.autograd.grad(flat[:, i].sum(), x, retain_graph=i + 1 < flat.shape[1])
-        total += gradient.flatten(1)[:, i]
+    dims, probes, total = x[0].numel(), [probe], 0.0
+    if probe is None:
+        probes = torch.eye(dims, device=x.device, dtype=x.dtype).reshape(dims, *x.shape[1:])
+    for e in probes:
+        (gradient,) = torch.autograd.grad(velocity, x, e.expand_as(x), retain_graph=probe is None)
+        total = total + (gradient * e).flatten(1).sum(1)
     return total
 
 
@@ -109,7 +109,7 @@ def log_likelihoods(net, process: Process, data: Tensor, *, rows: range, device,
         m = look_up(BASES, base)(given, data.shape[1:])
         field = call_with_settings(Field, settings, net=net, process=process, label=label, cond=given, m=m)
         x0 = x0 - process.at(T_min).shift * m  # what is not known of xt at T_min
-        e = call_with_settings(look_up(PROBES, probe), {"noise": noise})
+        e = look_up(PROBES, probe)(noise)
         return call_with_settings(log_likelihood, settings, field=field, x0=x0, T_min=T_min, T_max=T_max, probe=e)
 
     yield from in_batches(log_p, rows, batch_size)

@@ -23,9 +23,9 @@ from processes import Coefs, Process
 from utils import append_dims, call_with_settings, look_up
 
 PREDICTIONS = {
-    "x0": lambda c: (torch.ones_like(c.alpha), torch.zeros_like(c.alpha)),
-    "x1": lambda c: (torch.zeros_like(c.alpha), torch.ones_like(c.alpha)),
-    "score": lambda c: (torch.zeros_like(c.alpha), -1 / c.sigma),
+    "x0": lambda c: (1.0, 0.0),
+    "x1": lambda c: (0.0, 1.0),
+    "score": lambda c: (0.0, -1 / c.sigma),
     "velocity": lambda c: (c.alpha_dot, c.sigma_dot, c.shift_dot),
     "drift": lambda c: (c.alpha_dot, c.drift, c.shift_dot),  # velocity - own_eps score
     "v": lambda c: (-c.sigma, c.alpha),
@@ -33,8 +33,8 @@ PREDICTIONS = {
 }
 
 
-def row(kind: str, c: Coefs) -> tuple[Tensor, Tensor]:
-    """p and q of this kind at the coefficients `c`. Raises UserError for an unknown kind."""
+def row(kind: str, c: Coefs) -> tuple[Tensor | float, Tensor | float]:
+    """p and q of this kind at the coefficients `c`, tensors or numbers. Raises UserError for an unknown kind."""
     return look_up(PREDICTIONS, kind)(c)[:2]
 
 
@@ -73,7 +73,7 @@ def error_factor(c: Coefs, kind: str) -> Tensor:
     the x1 one of e alpha times this factor.
     """
     p, q = row(kind, c)
-    return (p.abs() + q.abs()) / (c.alpha * q - c.sigma * p).abs()
+    return (abs(p) + abs(q)) / abs(c.alpha * q - c.sigma * p)
 
 
 class Preconditioned(nn.Module):
@@ -98,19 +98,18 @@ def likelihood_weight(c: Coefs, x0_error_factor) -> Tensor:
     (Song et al. 2021, "Maximum Likelihood Training", theorem 1.) The squared error of the score is (alpha / sigma^2)^2
     times that of x0.
     """
-    return x0_error_factor() * c.delta * (c.alpha / c.sigma**2) ** 2
+    return x0_error_factor * c.delta * (c.alpha / c.sigma**2) ** 2
 
 
 # The factor by which the loss multiplies the squared error of the target, at coefficients c. The papers weigh the
-# squared error of x0: that is `x0_error_factor()` times the squared error of the target.
+# squared error of x0: that is `x0_error_factor` times the squared error of the target.
 LOSS_WEIGHTINGS = {
-    # leaves the squared error of the target as it is
-    "none": lambda c: torch.ones_like(c.sigma),
+    "none": None,  # leaves the squared error of the target as it is
     # min(SNR, gamma) (Hang et al. 2023, "Min-SNR Weighting", section 3.4)
-    "min_snr": lambda c, x0_error_factor, min_snr_gamma: x0_error_factor() * c.log_snr.exp().clamp(max=min_snr_gamma),
+    "min_snr": lambda c, x0_error_factor, min_snr_gamma: x0_error_factor * c.log_snr.exp().clamp(max=min_snr_gamma),
     # lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, where EDM's sigma is sigma / alpha here (Karras
     # et al. 2022, table 1)
-    "edm": lambda c, x0_error_factor: x0_error_factor() * c.variance / (c.sigma * c.sigma_data) ** 2,
+    "edm": lambda c, x0_error_factor: x0_error_factor * c.variance / (c.sigma * c.sigma_data) ** 2,
     "likelihood": likelihood_weight,
     # that of `likelihood` times sigmoid(bias - log SNR) (Kingma & Gao 2023, "Understanding Diffusion Objectives",
     # section 5)
@@ -127,10 +126,9 @@ def loss_weight(c: Coefs, loss_weighting: str, target_type: str, **settings) -> 
     may hold arguments of the weighting, such as min_snr_gamma; others are ignored. Raises UserError for an unknown
     name.
     """
-
-    def x0_error_factor():
-        p, q = row(target_type, c)
-        return (c.sigma / (c.alpha * q - c.sigma * p)) ** 2
-
-    return call_with_settings(look_up(LOSS_WEIGHTINGS, loss_weighting),
-                              {**settings, "c": c, "x0_error_factor": x0_error_factor})
+    weighting = look_up(LOSS_WEIGHTINGS, loss_weighting)
+    if weighting is None:
+        return torch.ones_like(c.sigma)
+    p, q = row(target_type, c)
+    x0_error_factor = (c.sigma / (c.alpha * q - c.sigma * p)) ** 2
+    return call_with_settings(weighting, settings, c=c, x0_error_factor=x0_error_factor)

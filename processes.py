@@ -137,11 +137,6 @@ class Process:
         """
         return invert(self.log_snr, log_snr, 0.0, 1.0)
 
-    def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """z = alpha x0 + sigma x1, for x0 and x1 (B, ...) and t (B,): xt without its known part shift m."""
-        c = self.coefs(t, x0.ndim)
-        return c.alpha * x0 + c.sigma * x1
-
 
 class FromFunctions(Process):
     """A process made of two functions of t, such as FromFunctions(lambda t: 1 - t**2, lambda t: t).
@@ -257,17 +252,21 @@ class SubVP(LinearVP):
         return self.inverse_log_alpha(torch.asinh((-log_snr / 2).exp() / 2))  # sigma / alpha = 2 sinh(-log alpha)
 
 
+@dataclass
 class VE(Process):
     """Variance exploding: xt = x0 + sigma x1, with sigma = sigma_min (sigma_max / sigma_min)^t.
 
     (Song et al. 2021, appendix C.) Raises UserError unless sigma_min > 0: geometric growth cannot start from 0.
     """
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
-        if not sigma_min > 0:
-            raise UserError(
-                f"sigma_min {sigma_min}: process ve needs more than 0; use --sigma_min 0.002, or --process ve_linear")
-        self.sigma_min, self.sigma_max, self.rate = sigma_min, sigma_max, math.log(sigma_max / sigma_min)
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self):
+        if not self.sigma_min > 0:
+            raise UserError(f"sigma_min {self.sigma_min}: process ve needs more than 0; use --sigma_min 0.002, or "
+                            "--process ve_linear")
+        self.rate = math.log(self.sigma_max / self.sigma_min)
 
     def alpha(self, t):
         return torch.ones_like(t)
@@ -285,6 +284,7 @@ class VE(Process):
         return (-log_snr / 2 - math.log(self.sigma_min)) / self.rate
 
 
+@dataclass
 class EDM(VE):
     """xt = x0 + sigma x1, with sigma^(1 / rho) linear in t: equal steps of t give EDM's noise levels.
 
@@ -296,10 +296,11 @@ class EDM(VE):
     four times larger.
     """
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
-        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
-        self.low = sigma_min ** (1 / rho)  # sigma^(1 / rho) = low + slope t
-        self.slope = sigma_max ** (1 / rho) - self.low
+    rho: float = 7.0
+
+    def __post_init__(self):  # sigma_min may be 0 here
+        self.low = self.sigma_min ** (1 / self.rho)  # sigma^(1 / rho) = low + slope t
+        self.slope = self.sigma_max ** (1 / self.rho) - self.low
 
     def sigma(self, t):
         return (self.low + self.slope * t) ** self.rho

@@ -16,6 +16,9 @@ the name of a setting of config.py gets that setting. A new eps is a row of DIFF
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,6 +39,7 @@ DIFFUSIONS = {
 }
 
 
+@dataclass
 class Field:
     """A network whose prediction can be read as any kind: `field(x, time, "velocity")`, for given labels and guidance.
 
@@ -60,25 +64,34 @@ class Field:
     If the base is the point m, x is 0 at t = 1, and a conversion there is 0 / 0: its limit is used.
     """
 
-    def __init__(self, net, process: Process, model_type: str, label: Tensor | None = None, guidance_scale: float = 1.0,
-                 guide=None, guidance_t_min: float = 0.0, guidance_t_max: float = 1.0, sde_diffusion: str = "delta",
-                 sde_scale: float = 1.0, cond: Tensor | None = None, m: Tensor | float = 0.0,
-                 cond_dropout: float = 0.0):
-        self.net, self.process, self.model_type = net, process, model_type
-        self.given = label, cond, m
-        hidden = (None, None, 0.0) if cond_dropout else (None, cond, m)
-        self.guide = (guide, *self.given) if guide else (net, *hidden)
-        self.guided = guidance_scale != 1 and bool(guide or label is not None or cond is not None and cond_dropout)
-        self.guidance_scale, self.guidance_t_min, self.guidance_t_max = guidance_scale, guidance_t_min, guidance_t_max
-        self.sde_diffusion, self.sde_scale, self.calls = sde_diffusion, sde_scale, 0
-        end = process.at(1.0)
-        loses_x0 = end.sigma * error_factor(end, model_type) > MAX_ERROR_FACTOR
-        self.latest = process.time(torch.tensor(-2 * math.log(LATEST_RATIO))).item() if loses_x0 else math.inf
+    net: Callable
+    process: Process
+    model_type: str
+    label: Tensor | None = None
+    guidance_scale: float = 1.0
+    guide: Callable | None = None
+    guidance_t_min: float = 0.0
+    guidance_t_max: float = 1.0
+    sde_diffusion: str = "delta"
+    sde_scale: float = 1.0
+    cond: Tensor | None = None
+    m: Tensor | float = 0.0
+    cond_dropout: float = 0.0
 
-    def predict(self, x: Tensor, time: float, guided_at: float | None = None) -> Tensor:
+    def __post_init__(self):
+        self.calls, self.given = 0, (self.label, self.cond, self.m)
+        hidden = (None, None, 0.0) if self.cond_dropout else (None, self.cond, self.m)
+        self.guiding = (self.guide, *self.given) if self.guide else (self.net, *hidden)
+        can_hide = self.label is not None or self.cond is not None and self.cond_dropout
+        self.guided = self.guidance_scale != 1 and bool(self.guide or can_hide)
+        end = self.process.at(1.0)
+        loses_x0 = end.sigma * error_factor(end, self.model_type) > MAX_ERROR_FACTOR
+        self.latest = self.process.time(torch.tensor(-2 * math.log(LATEST_RATIO))).item() if loses_x0 else math.inf
+
+    def predict(self, x: Tensor, time: float, guided_at: float) -> Tensor:
         """The network's prediction, of kind model_type, at x (B, ...) and one time, in the type of x.
 
-        Guidance acts as at `guided_at`, or by default as at `time`.
+        Guidance acts as at the time `guided_at`.
         """
         t, c = torch.full((x.shape[0],), time, device=x.device, dtype=x.dtype), self.process.at(time)
 
@@ -87,9 +100,9 @@ class Field:
             return without_mean(net(x + c.shift * m, t, label, cond).to(x.dtype), c, self.model_type, m)
 
         out = call(self.net, *self.given)
-        guided_at = min(time if guided_at is None else guided_at, 1.0)  # edm_churn may go beyond t = 1
-        if self.guided and self.guidance_t_min <= guided_at <= self.guidance_t_max:
-            guide = call(*self.guide)
+        # edm_churn may go beyond t = 1
+        if self.guided and self.guidance_t_min <= min(guided_at, 1.0) <= self.guidance_t_max:
+            guide = call(*self.guiding)
             out = guide + self.guidance_scale * (out - guide)
         return out
 
@@ -97,7 +110,7 @@ class Field:
         """The prediction at x (B, ...) and one time: one kind, or a list of several, by a single network call."""
         out_kind, c = self.model_type, self.process.at(min(time, self.process.last))
         if time <= self.latest:
-            out = self.predict(x, time)
+            out = self.predict(x, time, time)
         else:
             out_kind, c_latest = "x0", self.process.at(self.latest)
             scaled = c_latest.sigma / c.sigma * x
@@ -171,7 +184,7 @@ def make_grid(n: int, T_min: float, T_max: float, grid: str = "uniform", **setti
     u = torch.linspace(1, 0, n + 1, dtype=torch.float64)
     ts = call_with_settings(look_up(GRIDS, grid), settings, u=u, T_min=T_min, T_max=T_max)
     ts = [T_max, *ts.tolist()[1:-1], T_min]
-    if not all(a > b for a, b in zip(ts, ts[1:])):
+    if not all(a > b for a, b in pairwise(ts)):
         raise UserError(f"grid {grid} of {n} steps from {T_max} to {T_min} does not fall at every step: use --grid "
                         "uniform, fewer --sampling_steps, or a run with --T_min 1e-4 --T_max 0.9999")
     return ts
@@ -183,7 +196,7 @@ def make_grid(n: int, T_min: float, T_max: float, grid: str = "uniform", **setti
 @torch.no_grad()
 def euler(field, x: Tensor, ts: list[float]) -> Tensor:
     """Euler's method: order 1, n network calls."""
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         x = x + (t_next - t) * field.velocity(x, t)
     return x
 
@@ -208,7 +221,7 @@ def heun(field, x: Tensor, ts: list[float], denoise: bool = False) -> Tensor:
 @torch.no_grad()
 def midpoint(field, x: Tensor, ts: list[float]) -> Tensor:
     """The midpoint rule: order 2, 2n network calls."""
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         middle = x + (t_next - t) / 2 * field.velocity(x, t)
         x = x + (t_next - t) * field.velocity(middle, (t + t_next) / 2)
     return x
@@ -217,7 +230,7 @@ def midpoint(field, x: Tensor, ts: list[float]) -> Tensor:
 @torch.no_grad()
 def rk4(field, x: Tensor, ts: list[float]) -> Tensor:
     """The classical Runge-Kutta method: order 4, 4n network calls. It also calls the network at ts[-1]."""
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         h, middle = t_next - t, (t + t_next) / 2
         k1 = field.velocity(x, t)
         k2 = field.velocity(x + h / 2 * k1, middle)
@@ -230,12 +243,11 @@ def rk4(field, x: Tensor, ts: list[float]) -> Tensor:
 def solve_adaptively(slope, state, t_from: float, t_to: float, rtol: float, atol: float):
     """Solves d state / dt = slope(t, state) from t_from to t_to by torchdiffeq's dopri5, and returns the state at t_to.
 
-    `state` is a tensor or a tuple of tensors. Raises UserError if no step is small enough for the tolerances.
+    `state` is a tuple of tensors, and so is its slope. Raises UserError if no step is small enough for the tolerances.
     """
     from torchdiffeq import odeint
 
-    times = torch.tensor([t_from, t_to], dtype=torch.float64,
-                         device=(state if isinstance(state, Tensor) else state[0]).device)
+    times = torch.tensor([t_from, t_to], dtype=torch.float64, device=state[0].device)
     try:  # without step_t, the solver steps beyond t_to and interpolates; but some processes end at t_to
         solution = odeint(lambda t, state: slope(t.item(), state), state, times, rtol=rtol, atol=atol, method="dopri5",
                           options={"step_t": times[1:]})
@@ -243,7 +255,7 @@ def solve_adaptively(slope, state, t_from: float, t_to: float, rtol: float, atol
         raise UserError(
             f"dopri5 found no step from t = {t_from} to {t_to} ({error}): the network's output is not finite, or the "
             "tolerances are too small; use --rtol 1e-4 --atol 1e-4, or another --sampler") from error
-    return solution[-1] if isinstance(state, Tensor) else [part[-1] for part in solution]
+    return [part[-1] for part in solution]
 
 
 @torch.no_grad()
@@ -253,7 +265,7 @@ def dopri5(field, x: Tensor, ts: list[float], rtol: float = 1e-5, atol: float = 
     Its steps follow from `rtol` and `atol`; it ignores the times of the grid in between. They are chosen for the batch
     as a whole, so within the tolerances a sample depends on the rest of its batch.
     """
-    return solve_adaptively(lambda t, x: field.velocity(x, t), x, ts[0], ts[-1], rtol, atol)
+    return solve_adaptively(lambda t, state: (field.velocity(state[0], t),), (x,), ts[0], ts[-1], rtol, atol)[0]
 
 
 @torch.no_grad()
@@ -262,7 +274,7 @@ def ddim(field, x: Tensor, ts: list[float]) -> Tensor:
 
     This is an exponential integrator: it is exact if the predicted x0 is constant.
     """
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         x0, x1 = field(x, t, "x0", "x1")
         c_next = field.process.at(t_next)
         x = c_next.alpha * x0 + c_next.sigma * x1
@@ -277,14 +289,14 @@ def dpmpp_2m(field, x: Tensor, ts: list[float]) -> Tensor:
     order 1. The first has no step before it, and after the last no step could correct the error of an extrapolation.
     """
     x0_before = h_before = None
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for t, t_next in pairwise(ts):
         c, c_next = field.process.at(t), field.process.at(t_next)
         x0 = field(x, t, "x0")
-        decay = c.alpha * c_next.sigma / (c.sigma * c_next.alpha)  # exp(-h), with h the step of log(alpha / sigma)
-        h = -decay.log()
+        h = (c_next.log_snr - c.log_snr) / 2  # the step of log(alpha / sigma)
         extrapolate = x0_before is not None and t_next != ts[-1]
         x0_middle = x0 + (x0 - x0_before) * (h / h_before / 2) if extrapolate else x0
-        x = c_next.sigma / c.sigma * x + c_next.alpha * (1 - decay) * x0_middle
+        x1 = (x - c.alpha * x0_middle) / c.sigma
+        x = c_next.alpha * x0_middle + c_next.sigma * x1
         x0_before, h_before = x0, h
     return x
 
@@ -302,7 +314,7 @@ def euler_maruyama_step(field, x: Tensor, t: float, t_next: float, noise) -> Ten
 @torch.no_grad()
 def euler_maruyama(field, x: Tensor, ts: list[float], noise=torch.randn_like) -> Tensor:
     """The Euler-Maruyama method: n network calls."""
-    for t, t_next in zip(ts[:-2], ts[1:-1]):
+    for t, t_next in pairwise(ts[:-1]):
         x = euler_maruyama_step(field, x, t, t_next, noise)
     return euler(field, x, ts[-2:])
 
@@ -313,7 +325,7 @@ def stochastic_heun(field, x: Tensor, ts: list[float], noise=torch.randn_like) -
 
     Its weak order is 2, since the size of the noise does not depend on x.
     """
-    for t, t_next in zip(ts[:-2], ts[1:-1]):
+    for t, t_next in pairwise(ts[:-1]):
         eps, dt = field.eps(t, t_next), t_next - t
         dw = (2 * eps * -dt) ** 0.5 * noise(x)
         drift = field.drift(x, t, eps)
@@ -331,7 +343,7 @@ def predictor_corrector(field, x: Tensor, ts: list[float], noise=torch.randn_lik
     et al. use |noise| / |score|, averaged over the batch. Far from the data the two are equal. Near the data |score| is
     smaller than |noise| / sigma, so that their step is longer.
     """
-    for t, t_next in zip(ts[:-2], ts[1:-1]):
+    for t, t_next in pairwise(ts[:-1]):
         x = euler_maruyama_step(field, x, t, t_next, noise)
         step = 2 * (corrector_snr * field.process.at(t_next).sigma) ** 2
         x = x + step * field(x, t_next, "score") + (2 * step).sqrt() * noise(x)
@@ -342,15 +354,16 @@ def predictor_corrector(field, x: Tensor, ts: list[float], noise=torch.randn_lik
 def ancestral(field, x: Tensor, ts: list[float], noise=torch.randn_like) -> Tensor:
     """DDPM's sampler: n network calls. x at t_next is drawn from q(x_{t_next} | x_t, x0), at the predicted x0.
 
+    This is `ddim` with a part of the noise x1 replaced by new noise, so that sigma(t_next) is the same.
+
     (Ho et al. 2020, eqs. 6 and 7; for any alpha and sigma: Kingma et al. 2021, "Variational Diffusion Models", appendix
     A.2.)
     """
-    for t, t_next in zip(ts[:-2], ts[1:-1]):
+    for t, t_next in pairwise(ts[:-1]):
         c, c_next = field.process.at(t), field.process.at(t_next)
-        ratio = c.alpha / c_next.alpha
-        added = c.sigma**2 - (ratio * c_next.sigma) ** 2  # variance of x at t, given x at t_next
-        mean = (ratio * c_next.sigma**2 * x + c_next.alpha * added * field(x, t, "x0")) / c.sigma**2
-        x = mean + added.sqrt() * c_next.sigma / c.sigma * noise(x)
+        x0, x1 = field(x, t, "x0", "x1")
+        kept = c.alpha * c_next.sigma**2 / (c_next.alpha * c.sigma)  # of the noise in x
+        x = c_next.alpha * x0 + kept * x1 + (c_next.sigma**2 - kept**2).sqrt() * noise(x)
     return ddim(field, x, ts[-2:])
 
 
@@ -413,20 +426,21 @@ def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, 
     Raises UserError for an unknown sampler or grid.
     """
     settings = {**settings, "process": process}
-    ts = make_grid(sampling_steps, T_min, T_max, grid, **settings)
+    ts, solve = make_grid(sampling_steps, T_min, T_max, grid, **settings), look_up(SAMPLERS, sampler)
     c_end = process.at(T_min)
-    sampler_denoises = (denoise and grid in NOISE_LEVEL_GRIDS and "denoise" in parameters_of(look_up(SAMPLERS, sampler))
+    sampler_denoises = (denoise and grid in NOISE_LEVEL_GRIDS and "denoise" in parameters_of(solve)
                         and c_end.alpha * error_factor(c_end, settings["model_type"]) < MAX_ERROR_FACTOR)
 
+    @torch.no_grad()
     def draw_batch(batch: range) -> tuple[Tensor, int]:
         noise = RowNoise(batch, shape, device, seed, "sample")
         label, given = (x if x is None else x[torch.tensor(batch) % len(x)].to(device) for x in (labels, cond))
         m = look_up(BASES, base)(given, shape)
         field = call_with_settings(Field, settings, net=net, label=label, cond=given, m=m)
-        x = call_with_settings(look_up(SAMPLERS, sampler), {**settings, "noise": noise, "denoise": sampler_denoises},
-                               field=field, x=process.at(T_max).sigma * noise(), ts=ts)
-        with torch.no_grad():
-            x = field(x, T_min, "x0") if denoise and not sampler_denoises else x
+        x = call_with_settings(solve, {**settings, "noise": noise, "denoise": sampler_denoises}, field=field,
+                               x=process.at(T_max).sigma * noise(), ts=ts)
+        if denoise and not sampler_denoises:
+            x = field(x, T_min, "x0")
         return x if denoise else x + c_end.shift * m, field.calls
 
-    yield from in_batches(draw_batch, rows, min(batch_size or len(rows), len(rows)))
+    yield from in_batches(draw_batch, rows, batch_size or len(rows))

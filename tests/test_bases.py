@@ -104,11 +104,11 @@ def test_predictions_given_a_condition_are_expectations(based, kind):
     axis = torch.linspace(-9, 9, 721, dtype=torch.float64)
     x0 = torch.cartesian_prod(axis, axis)
     cross = net.gain @ net.of_m.covariances
-    rows = torch.cat([net.alone.covariances, cross], 2), torch.cat([cross.mT, net.of_m.covariances], 2)
+    rows = torch.cat([net.covariances, cross], 2), torch.cat([cross.mT, net.of_m.covariances], 2)
     covariances = torch.cat(rows, 1)
     log_p = torch.logsumexp(torch.stack([
         w.log() + MultivariateNormal(torch.cat([a, b]), cov).log_prob(torch.cat([x0, m.expand_as(x0)], 1))
-        for w, a, b, cov in zip(net.alone.weights, net.alone.means, net.of_m.means, covariances)]), 0)
+        for w, a, b, cov in zip(net.weights, net.means, net.of_m.means, covariances)]), 0)
     xt = c.alpha * torch.tensor([0.5, 0.2], dtype=torch.float64) + c.shift * m
     x1 = (xt - c.alpha * x0 - c.shift * m) / c.sigma
     weight = (log_p - (x1**2).sum(1) / 2).softmax(0)[:, None]
@@ -184,7 +184,7 @@ def test_guidance_leads_away_from_the_field_without_condition():
     net = pairs(process)
     settings = dict(cond=with_ones(m), m=m, guidance_scale=3.0)
     field = Field(net, process, "velocity", cond_dropout=0.1, **settings)
-    c, u = net.given(m)(z, 0.4), net.alone(z, 0.4)
+    c, u = net.given(m)(z, 0.4), net(z, 0.4)
     torch.testing.assert_close(field.velocity(z, 0.4), u + 3 * (c - u))
     assert field.calls == 2
     never_hidden = Field(net, process, "velocity", **settings)

@@ -52,7 +52,7 @@ def test_preconditioned_network(process):
     """c_in and c_noise of Karras et al. 2022, table 1: inputs of unit variance, and log(sigma) / 4."""
     process.sigma_data = 0.7
     t, c, x0, x1, _ = batch(process)
-    xt = process.interpolate(0.7 * x0, x1, t)
+    xt = c.alpha * 0.7 * x0 + c.sigma * x1
     seen = []
 
     class Net(torch.nn.Module):

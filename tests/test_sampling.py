@@ -459,7 +459,7 @@ def test_guidance_is_mixed_in_float32():
         return torch.full_like(x, 256.0 if label is None else 258.0, dtype=torch.bfloat16)
 
     mixed = Field(net, PROCESSES["rf"](), "velocity", torch.zeros(2, dtype=torch.int64), 1.25)
-    assert mixed.predict(torch.zeros(2, 1), 0.5).tolist() == [[258.5], [258.5]]
+    assert mixed.predict(torch.zeros(2, 1), 0.5, 0.5).tolist() == [[258.5], [258.5]]
 
 
 @pytest.mark.parametrize("label, scale", [(torch.zeros(2, dtype=torch.int64), 1.0), (None, 3.0)])
