@@ -81,8 +81,7 @@ class GaussianMixture:
     def sample(self, n, generator: torch.Generator | None = None, t=0.0) -> tuple[Tensor, Tensor]:
         """n draws of xt (n, ...) at one time (0: of the data), float64, and their components (n,) int64."""
         label = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        x0, x1 = torch.randn(2, n, self.means.shape[1], generator=generator, dtype=torch.float64,
-                             device=self.means.device)
+        x0, x1 = self.means.new_empty(2, n, self.means.shape[1]).normal_(generator=generator)
         x0 = self.means[label] + torch.einsum("be,bde->bd", self.values[label].sqrt() * x0, self.vectors[label])
         c = self.process.at(t)
         xt = c.alpha * x0 + c.sigma * x1 if t else x0

@@ -58,7 +58,7 @@ def flow(field, x: Tensor, t_from: float, t_to: float, probe: Tensor | None = No
             velocity = field.velocity(y, t)
             return velocity.detach(), -divergence(velocity, y, probe)
 
-    return solve_adaptively(slope, (x, torch.zeros(len(x), device=x.device, dtype=x.dtype)), t_from, t_to, rtol, atol)
+    return solve_adaptively(slope, (x, x.new_zeros(len(x))), t_from, t_to, rtol, atol)
 
 
 def log_normal(x: Tensor, std: float) -> Tensor:
@@ -102,10 +102,9 @@ def log_likelihoods(net, process: Process, data: Tensor, *, rows: range, device,
     """
     def log_p(batch: range) -> Tensor:
         noise = RowNoise(batch, data.shape[1:], device, seed, "likelihood")
-        x0 = data[batch.start : batch.stop].to(device)
+        x0, label, given = (x if x is None else x[batch.start : batch.stop].to(device) for x in (data, labels, cond))
         if bin_width:
             x0 = x0 + bin_width * (torch.special.ndtr(noise()) - 0.5)
-        label, given = (x if x is None else x[batch.start : batch.stop].to(device) for x in (labels, cond))
         m = look_up(BASES, base)(given, data.shape[1:])
         field = call_with_settings(Field, settings, net=net, process=process, label=label, cond=given, m=m)
         x0 = x0 - process.at(T_min).shift * m  # what is not known of xt at T_min

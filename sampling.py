@@ -93,7 +93,7 @@ class Field:
 
         Guidance acts as at the time `guided_at`.
         """
-        t, c = torch.full((x.shape[0],), time, device=x.device, dtype=x.dtype), self.process.at(time)
+        t, c = x.new_full((len(x),), time), self.process.at(time)
 
         def call(net, label, cond, m):
             self.calls += 1
@@ -208,7 +208,6 @@ def heun_step(field, x: Tensor, t: float, t_next: float) -> Tensor:
     return x + (t_next - t) * (velocity + velocity_next) / 2
 
 
-@torch.no_grad()
 def heun(field, x: Tensor, ts: list[float], denoise: bool = False) -> Tensor:
     """Heun's method: order 2, 2n - 1 network calls; the last step is an Euler step.
 
@@ -247,7 +246,7 @@ def solve_adaptively(slope, state, t_from: float, t_to: float, rtol: float, atol
     """
     from torchdiffeq import odeint
 
-    times = torch.tensor([t_from, t_to], dtype=torch.float64, device=state[0].device)
+    times = state[0].new_tensor([t_from, t_to], dtype=torch.float64)
     try:  # without step_t, the solver steps beyond t_to and interpolates; but some processes end at t_to
         solution = odeint(lambda t, state: slope(t.item(), state), state, times, rtol=rtol, atol=atol, method="dopri5",
                           options={"step_t": times[1:]})
