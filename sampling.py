@@ -1,8 +1,8 @@
 """Samplers take noise to data, by an ODE or an SDE. The grids of times and guidance are here too.
 
-A sampler is a function `sampler(field, x, ts) -> x` of a field, a state x (B, ...) at ts[0], and a grid of times ts
-that falls from ts[0] to ts[-1]. An SDE sampler also takes `noise`. A grid of n + 1 times makes n steps, and the result
-is x at ts[-1]. Time runs backwards, so every step has dt < 0:
+A sampler is a function `sampler(field, x, ts) -> x` of a `Field`, a state x (B, ...) at ts[0], and a grid ts, a list
+of times that falls from ts[0] to ts[-1]. An SDE sampler also takes `noise`. A grid of n + 1 times makes n steps, and
+the result is x (B, ...) at ts[-1]. A step takes the times t and t_next. Time runs backwards, so it has dt < 0:
 
     ODE:  dx = velocity dt                                     (Song et al. 2021, eq. 13)
     SDE:  dx = (velocity - eps score) dt + sqrt(2 eps) dW      (Ma et al. 2024, "SiT", section 2)
@@ -138,20 +138,20 @@ class Field:
         return min(self.sde_scale * float(eps), self.process.at(t_next).sigma.item() ** 2 / (2 * abs(t_next - t)))
 
 
-# ---- Grids. Each maps u in [0, 1] to times, from T_min at u = 0 to T_max at u = 1
+# ---- Grids. Each maps u (n + 1,) in [0, 1] to times (n + 1,), from T_min at u = 0 to T_max at u = 1, all float64
 
 
-def uniform(u: Tensor, T_min: float, T_max: float) -> Tensor:
+def uniform(u, T_min, T_max):
     """Equal steps of t."""
     return T_min + (T_max - T_min) * u
 
 
-def quadratic(u: Tensor, T_min: float, T_max: float) -> Tensor:
+def quadratic(u, T_min, T_max):
     """Equal steps of sqrt(t), so that steps of t are shorter near the data (Song et al. 2020, "DDIM", appendix D.2)."""
     return (T_min**0.5 + (T_max**0.5 - T_min**0.5) * u) ** 2
 
 
-def shifted(u: Tensor, T_min: float, T_max: float, grid_shift: float) -> Tensor:
+def shifted(u, T_min, T_max, grid_shift: float):
     """With grid_shift > 1, steps of t are shorter near the noise, as large images need.
 
     (Esser et al. 2024, "Scaling Rectified Flow", eq. 23.)
@@ -159,12 +159,12 @@ def shifted(u: Tensor, T_min: float, T_max: float, grid_shift: float) -> Tensor:
     return uniform(grid_shift * u / (1 + (grid_shift - 1) * u), T_min, T_max)
 
 
-def log_snr(u: Tensor, T_min: float, T_max: float, process: Process) -> Tensor:
+def log_snr(u, T_min, T_max, process: Process):
     """Equal steps of the log-SNR (Lu et al. 2022, "DPM-Solver", section 3.3)."""
     return process.time(uniform(u, process.at(T_min).log_snr, process.at(T_max).log_snr))
 
 
-def edm(u: Tensor, T_min: float, T_max: float, process: Process, rho: float) -> Tensor:
+def edm(u, T_min, T_max, process: Process, rho: float):
     """Equal steps of (sigma / alpha)^(1 / rho): EDM's noise levels, for any process (Karras et al. 2022, eq. 5)."""
     low, high = ((process.at(time).log_snr / (-2 * rho)).exp() for time in (T_min, T_max))
     return process.time(-2 * rho * uniform(u, low, high).log())
@@ -194,21 +194,21 @@ def make_grid(n: int, T_min: float, T_max: float, grid: str = "uniform", **setti
 
 
 @torch.no_grad()
-def euler(field, x: Tensor, ts: list[float]) -> Tensor:
+def euler(field, x, ts):
     """Euler's method: order 1, n network calls."""
     for t, t_next in pairwise(ts):
         x = x + (t_next - t) * field.velocity(x, t)
     return x
 
 
-def heun_step(field, x: Tensor, t: float, t_next: float) -> Tensor:
+def heun_step(field, x, t, t_next):
     """One step of Heun's method: two network calls."""
     velocity = field.velocity(x, t)
     velocity_next = field.velocity(x + (t_next - t) * velocity, t_next)
     return x + (t_next - t) * (velocity + velocity_next) / 2
 
 
-def heun(field, x: Tensor, ts: list[float], denoise: bool = False) -> Tensor:
+def heun(field, x, ts, denoise: bool = False):
     """Heun's method: order 2, 2n - 1 network calls; the last step is an Euler step.
 
     With `denoise`, every step of the grid is Heun's, and a last one goes to the predicted x0: 2n + 1 network calls
@@ -218,7 +218,7 @@ def heun(field, x: Tensor, ts: list[float], denoise: bool = False) -> Tensor:
 
 
 @torch.no_grad()
-def midpoint(field, x: Tensor, ts: list[float]) -> Tensor:
+def midpoint(field, x, ts):
     """The midpoint rule: order 2, 2n network calls."""
     for t, t_next in pairwise(ts):
         middle = x + (t_next - t) / 2 * field.velocity(x, t)
@@ -227,7 +227,7 @@ def midpoint(field, x: Tensor, ts: list[float]) -> Tensor:
 
 
 @torch.no_grad()
-def rk4(field, x: Tensor, ts: list[float]) -> Tensor:
+def rk4(field, x, ts):
     """The classical Runge-Kutta method: order 4, 4n network calls. It also calls the network at ts[-1]."""
     for t, t_next in pairwise(ts):
         h, middle = t_next - t, (t + t_next) / 2
@@ -258,7 +258,7 @@ def solve_adaptively(slope, state, t_from: float, t_to: float, rtol: float, atol
 
 
 @torch.no_grad()
-def dopri5(field, x: Tensor, ts: list[float], rtol: float = 1e-5, atol: float = 1e-5) -> Tensor:
+def dopri5(field, x, ts, rtol: float = 1e-5, atol: float = 1e-5):
     """The adaptive method of Dormand & Prince: order 5, from ts[0] to ts[-1].
 
     Its steps follow from `rtol` and `atol`; it ignores the times of the grid in between. They are chosen for the batch
@@ -268,7 +268,7 @@ def dopri5(field, x: Tensor, ts: list[float], rtol: float = 1e-5, atol: float = 
 
 
 @torch.no_grad()
-def ddim(field, x: Tensor, ts: list[float]) -> Tensor:
+def ddim(field, x, ts):
     """DDIM without noise: order 1, n network calls (Song et al. 2020, eq. 12).
 
     This is an exponential integrator: it is exact if the predicted x0 is constant.
@@ -281,7 +281,7 @@ def ddim(field, x: Tensor, ts: list[float]) -> Tensor:
 
 
 @torch.no_grad()
-def dpmpp_2m(field, x: Tensor, ts: list[float]) -> Tensor:
+def dpmpp_2m(field, x, ts):
     """DPM-Solver++(2M): order 2, n network calls (Lu et al. 2022, "DPM-Solver++", algorithm 2).
 
     Each step extrapolates x0 from its own prediction and that of the step before. The first and the last step are of
@@ -304,14 +304,14 @@ def dpmpp_2m(field, x: Tensor, ts: list[float]) -> Tensor:
 # The last step is one of the ODE (edm_churn first adds noise), since no later step could remove its noise.
 
 
-def euler_maruyama_step(field, x: Tensor, t: float, t_next: float, noise) -> Tensor:
+def euler_maruyama_step(field, x, t, t_next, noise):
     """One step of the Euler-Maruyama method: one network call."""
     eps, dt = field.eps(t, t_next), t_next - t
     return x + dt * field.drift(x, t, eps) + (2 * eps * -dt) ** 0.5 * noise(x)
 
 
 @torch.no_grad()
-def euler_maruyama(field, x: Tensor, ts: list[float], noise=torch.randn_like) -> Tensor:
+def euler_maruyama(field, x, ts, noise=torch.randn_like):
     """The Euler-Maruyama method: n network calls."""
     for t, t_next in pairwise(ts[:-1]):
         x = euler_maruyama_step(field, x, t, t_next, noise)
@@ -319,7 +319,7 @@ def euler_maruyama(field, x: Tensor, ts: list[float], noise=torch.randn_like) ->
 
 
 @torch.no_grad()
-def stochastic_heun(field, x: Tensor, ts: list[float], noise=torch.randn_like) -> Tensor:
+def stochastic_heun(field, x, ts, noise=torch.randn_like):
     """Heun's method for the SDE: 2n - 1 network calls (Kloeden & Platen 1992, chapter 15).
 
     Its weak order is 2, since the size of the noise does not depend on x.
@@ -334,8 +334,7 @@ def stochastic_heun(field, x: Tensor, ts: list[float], noise=torch.randn_like) -
 
 
 @torch.no_grad()
-def predictor_corrector(field, x: Tensor, ts: list[float], noise=torch.randn_like,
-                        corrector_snr: float = 0.16) -> Tensor:
+def predictor_corrector(field, x, ts, noise=torch.randn_like, corrector_snr: float = 0.16):
     """An Euler-Maruyama step and then a Langevin step at the new time, again and again: 2n - 1 network calls.
 
     (Song et al. 2021, algorithms 2 to 5.) The Langevin step has size 2 (corrector_snr sigma)^2. In place of sigma, Song
@@ -350,7 +349,7 @@ def predictor_corrector(field, x: Tensor, ts: list[float], noise=torch.randn_lik
 
 
 @torch.no_grad()
-def ancestral(field, x: Tensor, ts: list[float], noise=torch.randn_like) -> Tensor:
+def ancestral(field, x, ts, noise=torch.randn_like):
     """DDPM's sampler: n network calls. x at t_next is drawn from q(x_{t_next} | x_t, x0), at the predicted x0.
 
     This is `ddim` with a part of the noise x1 replaced by new noise, so that sigma(t_next) is the same.
@@ -367,8 +366,8 @@ def ancestral(field, x: Tensor, ts: list[float], noise=torch.randn_like) -> Tens
 
 
 @torch.no_grad()
-def edm_churn(field, x: Tensor, ts: list[float], noise=torch.randn_like, churn: float = 30.0, churn_min: float = 0.01,
-              churn_max: float = 1.0, churn_noise: float = 1.0, denoise: bool = False) -> Tensor:
+def edm_churn(field, x, ts, noise=torch.randn_like, churn: float = 30.0, churn_min: float = 0.01,
+              churn_max: float = 1.0, churn_noise: float = 1.0, denoise: bool = False):
     """EDM's stochastic sampler: `heun`, with as many network calls, but each step first adds noise.
 
     (Karras et al. 2022, algorithm 2, here for any alpha and sigma.) Where sigma / alpha is in [churn_min, churn_max],
