@@ -36,9 +36,9 @@ def divergence(velocity: Tensor, x: Tensor, probe: Tensor | None) -> Tensor:
     With a probe e (B, ...) it is Hutchinson's estimate, e^T (d velocity / dx) e. Without one it is exact: the sum of
     these over all unit vectors e.
     """
-    dims, probes, total = x[0].numel(), [probe], 0.0
+    probes, total = [probe], 0.0
     if probe is None:
-        probes = torch.eye(dims, device=x.device, dtype=x.dtype).reshape(dims, *x.shape[1:])
+        probes = torch.eye(x[0].numel(), device=x.device, dtype=x.dtype).reshape(-1, *x.shape[1:])
     for e in probes:
         (gradient,) = torch.autograd.grad(velocity, x, e.expand_as(x), retain_graph=probe is None)
         total = total + (gradient * e).flatten(1).sum(1)

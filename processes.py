@@ -33,8 +33,8 @@ class Coefs(NamedTuple):
     sigma: Tensor
     alpha_dot: Tensor
     sigma_dot: Tensor
+    sigma_data: float
     half_g2: Tensor | None = None  # delta, where the process has a better formula for it than the general one
-    sigma_data: float = 0.5
     shift: Tensor | float = 0.0
     shift_dot: Tensor | float = 0.0
     x1_drift: Tensor | None = None  # coefficient of x1 in `drift`, where the process has a better formula for it

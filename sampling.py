@@ -83,7 +83,7 @@ class Field:
         hidden = (None, None, 0.0) if self.cond_dropout else (None, self.cond, self.m)
         self.guiding = (self.guide, *self.given) if self.guide else (self.net, *hidden)
         can_hide = self.label is not None or self.cond is not None and self.cond_dropout
-        self.guided = self.guidance_scale != 1 and bool(self.guide or can_hide)
+        self.guided = self.guidance_scale != 1 and (self.guide or can_hide)
         end = self.process.at(1.0)
         loses_x0 = end.sigma * error_factor(end, self.model_type) > MAX_ERROR_FACTOR
         self.latest = self.process.time(torch.tensor(-2 * math.log(LATEST_RATIO))).item() if loses_x0 else math.inf
@@ -292,8 +292,9 @@ def dpmpp_2m(field, x, ts):
         c, c_next = field.process.at(t), field.process.at(t_next)
         x0 = field(x, t, "x0")
         h = (c_next.log_snr - c.log_snr) / 2  # the step of log(alpha / sigma)
-        extrapolate = x0_before is not None and t_next != ts[-1]
-        x0_middle = x0 + (x0 - x0_before) * (h / h_before / 2) if extrapolate else x0
+        x0_middle = x0
+        if x0_before is not None and t_next != ts[-1]:
+            x0_middle = x0 + (x0 - x0_before) * (h / h_before / 2)
         x1 = (x - c.alpha * x0_middle) / c.sigma
         x = c_next.alpha * x0_middle + c_next.sigma * x1
         x0_before, h_before = x0, h
