@@ -31,7 +31,7 @@ class Uniform:
         return torch.rand(batch_size, device=device, generator=generator)
 
     def unit_density(self, u: Tensor) -> Tensor:
-        """The probability density of the times of `unit` at u in (0, 1), float64."""
+        """The probability density of the times of `unit` at u in [0, 1], in u's type or in float64."""
         return torch.ones_like(u)
 
     def __call__(self, batch_size: int, device=None, generator: torch.Generator | None = None) -> Tensor:
@@ -41,8 +41,7 @@ class Uniform:
     def density(self, t: Tensor) -> Tensor:
         """Probability density at t (B,) in [T_min, T_max]."""
         length = self.T_max - self.T_min
-        u = ((t - self.T_min) / length).double().clamp(1e-8, 1 - 1e-8)  # at 0 and 1 it may be infinite or 0 / 0
-        return self.unit_density(u).to(t.dtype) / length
+        return self.unit_density(((t - self.T_min) / length).clamp(0, 1)).to(t.dtype) / length
 
     def importance(self, t: Tensor) -> Tensor:
         """Importance weight of t (B,): the density of uniform times over the density of this sampler.
@@ -65,6 +64,11 @@ class Stratified(Uniform):
         return (cell + torch.rand(batch_size, device=device, generator=generator)) / batch_size
 
 
+def inside(u: Tensor) -> Tensor:
+    """u in float64, at least 1e-8 away from 0 and 1, where a density may be infinite or 0 / 0."""
+    return u.double().clamp(1e-8, 1 - 1e-8)
+
+
 def normal_density(z: Tensor) -> Tensor:
     """The density of N(0, 1) at z."""
     return torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
@@ -85,8 +89,8 @@ class LogitNormal(Uniform):
         return torch.sigmoid(self.logit_normal_loc + self.logit_normal_scale * normal)
 
     def unit_density(self, u):
-        scale = self.logit_normal_scale
-        return normal_density((torch.logit(u) - self.logit_normal_loc) / scale) / (scale * u * (1 - u))
+        v, scale = inside(u), self.logit_normal_scale
+        return normal_density((torch.logit(v) - self.logit_normal_loc) / scale) / (scale * v * (1 - v))
 
 
 @dataclass
@@ -103,10 +107,9 @@ class Beta(Uniform):
         return x / (x + y)
 
     def unit_density(self, u):
-        """u^(a - 1) (1 - u)^(b - 1) / B(a, b), with B(a, b) = Gamma(a) Gamma(b) / Gamma(a + b)."""
-        a, b = self.time_beta_a, self.time_beta_b
-        log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-        return ((a - 1) * u.log() + (b - 1) * (1 - u).log() - log_beta).exp()
+        a, b = (torch.full_like(u, shape, dtype=torch.float64) for shape in (self.time_beta_a, self.time_beta_b))
+        # its validation of arguments would wait for a GPU
+        return torch.distributions.Beta(a, b, validate_args=False).log_prob(inside(u)).exp()
 
 
 @dataclass
@@ -135,7 +138,7 @@ class Mode(Uniform):
         bisection.
         """
         table = torch.sin(0.5 * math.pi * torch.linspace(1, 0, 4097, device=u.device, dtype=torch.float64)) ** 2
-        after = torch.searchsorted(self.map(table), u).clamp(1, 4096)
+        after = torch.searchsorted(self.map(table), u.double()).clamp(1, 4096)
         v = (table.take(after - 1) + table.take(after)) / 2
         for _ in range(2):
             v = v + (self.map(v) - u) / self.slope(v)
