@@ -64,14 +64,14 @@ class Stratified(Uniform):
         return (cell + torch.rand(batch_size, device=device, generator=generator)) / batch_size
 
 
-def inside(u: Tensor) -> Tensor:
-    """u in float64, at least 1e-8 away from 0 and 1, where a density may be infinite or 0 / 0."""
-    return u.double().clamp(1e-8, 1 - 1e-8)
-
-
 def normal_density(z: Tensor) -> Tensor:
     """The density of N(0, 1) at z."""
     return torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
+
+
+def inside(u: Tensor) -> Tensor:
+    """u in float64, at least 1e-8 away from 0 and 1, where a density may be infinite or 0 / 0."""
+    return u.double().clamp(1e-8, 1 - 1e-8)
 
 
 @dataclass
