@@ -81,7 +81,7 @@ class Field:
     def __post_init__(self):
         self.calls, self.given = 0, (self.label, self.cond, self.m)
         hidden = (None, None, 0.0) if self.cond_dropout else (None, self.cond, self.m)
-        self.guiding = (self.guide, *self.given) if self.guide else (self.net, *hidden)
+        self.guiding = (self.guide, *self.given) if self.guide else (self.net, *hidden)  # the guide, and what it gets
         can_hide = self.label is not None or self.cond is not None and self.cond_dropout
         self.guided = self.guidance_scale != 1 and (self.guide or can_hide)
         end = self.process.at(1.0)
