@@ -41,8 +41,7 @@ class GaussianMixture:
     them. All is computed in float64.
     """
 
-    def __init__(self, process: Process, kind, means: Tensor, covariances: Tensor | float,
-                 weights: Tensor | None = None):
+    def __init__(self, process: Process, kind, means, covariances, weights=None):
         self.process, self.kind, self.shape = process, kind, means.shape[1:]
         self.means = means.double().flatten(1)  # (K, D)
         if not isinstance(covariances, Tensor):
@@ -54,7 +53,7 @@ class GaussianMixture:
         # (K + 1, K), the log weights of each label
         self.log_weights = torch.stack([*torch.ones_like(self.weights).diag(), self.weights]).log()
 
-    def components(self, xt: Tensor, t: Tensor | float, label: Tensor | None = None):
+    def components(self, xt, t, label=None):
         """The coefficients; xt less the mean, and the variances, in each component's eigenbasis (B, K, D); log weight x
         density (B, K)."""
         t = torch.as_tensor(t, dtype=torch.float64, device=xt.device)
@@ -65,7 +64,7 @@ class GaussianMixture:
         log_w = self.log_weights[-1] if label is None else self.log_weights[label.clamp(max=len(self.weights))]
         return c, y, variance, log_w + log_p
 
-    def __call__(self, xt: Tensor, t: Tensor | float, label: Tensor | None = None, cond=None) -> Tensor:
+    def __call__(self, xt, t, label=None, cond=None):
         """The prediction at xt (B, ...), in the type of xt. It has no condition."""
         c, y, variance, log_p = self.components(xt, t, label)
         p, q = row(self.kind, c)
@@ -74,11 +73,11 @@ class GaussianMixture:
         each = p * self.means + torch.einsum("bke,kde->bkd", rotated, self.vectors)
         return torch.einsum("bk,bkd->bd", log_p.softmax(1), each).reshape(xt.shape).to(xt.dtype)
 
-    def log_prob(self, xt: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
+    def log_prob(self, xt, t, label=None):
         """log p_t(xt), (B,), in nats, float64."""
         return self.components(xt, t, label)[3].logsumexp(1)
 
-    def sample(self, n, generator: torch.Generator | None = None, t=0.0) -> tuple[Tensor, Tensor]:
+    def sample(self, n, generator=None, t=0.0) -> tuple[Tensor, Tensor]:
         """n draws of xt (n, ...) at one time (0: of the data), float64, and their components (n,) int64."""
         label = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         x0, x1 = self.means.new_empty(2, n, self.means.shape[1]).normal_(generator=generator)
@@ -87,7 +86,7 @@ class GaussianMixture:
         xt = c.alpha * x0 + c.sigma * x1 if t else x0
         return xt.reshape(n, *self.shape), label
 
-    def flow(self, x: Tensor, t_from, t_to) -> Tensor:
+    def flow(self, x, t_from, t_to):
         """The exact solution of the ODE from x (B, ...) at one time to another, for one Gaussian.
 
         It keeps the coordinates in the eigenbasis, in units of their standard deviations.
@@ -106,7 +105,7 @@ class PairedMixture(GaussianMixture):
     `covariances` (K, 2 D, 2 D).
     """
 
-    def __init__(self, process: Process, kind, means: Tensor, covariances: Tensor, weights: Tensor):
+    def __init__(self, process: Process, kind, means, covariances, weights):
         D = means.shape[1] // 2
         super().__init__(process, kind, means[:, :D], covariances[:, :D, :D], weights)
         self.of_m = GaussianMixture(process, kind, means[:, D:], covariances[:, D:, D:], weights)
@@ -114,14 +113,14 @@ class PairedMixture(GaussianMixture):
         self.gain = cross @ torch.linalg.inv(self.of_m.covariances)
         self.rest = GaussianMixture(process, kind, self.means, self.covariances - self.gain @ cross.mT, weights)
 
-    def given(self, m: Tensor) -> GaussianMixture:
+    def given(self, m) -> GaussianMixture:
         """x0 given each row of m (B, D), as a mixture for a batch of B rows."""
         found = copy.copy(self.rest)
         found.means = self.means + torch.einsum("kde,bke->bkd", self.gain, m.double()[:, None] - self.of_m.means)
         found.log_weights = self.of_m.components(m, 0.0)[3].log_softmax(1)[None]
         return found
 
-    def __call__(self, xt: Tensor, t: Tensor | float, label=None, cond: Tensor | None = None) -> Tensor:
+    def __call__(self, xt, t, label=None, cond=None):
         """The prediction at xt (B, D), in the type of xt."""
         if cond is None:
             return super().__call__(xt, t)

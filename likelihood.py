@@ -16,7 +16,6 @@ To add a probe, add a row to PROBES.
 import math
 
 import torch
-from torch import Tensor
 
 from processes import BASES, Process
 from sampling import Field, solve_adaptively
@@ -30,7 +29,7 @@ PROBES = {
 }
 
 
-def divergence(velocity: Tensor, x: Tensor, probe: Tensor | None) -> Tensor:
+def divergence(velocity, x, probe):
     """div velocity, (B,), at x (B, ...). `velocity` must be computed from this x, which must require gradients.
 
     With a probe e (B, ...) it is Hutchinson's estimate, e^T (d velocity / dx) e. Without one it is exact: the sum of
@@ -45,8 +44,7 @@ def divergence(velocity: Tensor, x: Tensor, probe: Tensor | None) -> Tensor:
     return total
 
 
-def flow(field, x: Tensor, t_from: float, t_to: float, probe: Tensor | None = None, rtol: float = 1e-5,
-         atol: float = 1e-5):
+def flow(field, x, t_from, t_to, probe=None, rtol=1e-5, atol=1e-5):
     """Solves the ODE from x (B, ...) at t_from to t_to, which may be earlier or later.
 
     Returns x at t_to, and log p there minus log p at t_from, (B,), in nats. The solver is torchdiffeq's dopri5, with
@@ -61,13 +59,12 @@ def flow(field, x: Tensor, t_from: float, t_to: float, probe: Tensor | None = No
     return solve_adaptively(slope, (x, x.new_zeros(len(x))), t_from, t_to, rtol, atol)
 
 
-def log_normal(x: Tensor, std: float) -> Tensor:
+def log_normal(x, std):
     """log N(x; 0, std^2 I), (B,), for x (B, ...)."""
     return -0.5 * ((x.flatten(1) / std) ** 2 + math.log(2 * math.pi * std**2)).sum(1)
 
 
-def log_likelihood(field, x0: Tensor, T_min: float, T_max: float, probe: Tensor | None = None, log_prior=None,
-                   rtol: float = 1e-5, atol: float = 1e-5) -> Tensor:
+def log_likelihood(field, x0, T_min, T_max, probe=None, log_prior=None, rtol=1e-5, atol=1e-5):
     """log p(x0), (B,), in nats, of data x0 (B, ...) at T_min.
 
     `log_prior(x)` is the log-density (B,) at T_max, by default that of N(0, sigma(T_max)^2 I).
@@ -76,7 +73,7 @@ def log_likelihood(field, x0: Tensor, T_min: float, T_max: float, probe: Tensor 
     return (log_prior(x1) if log_prior else log_normal(x1, field.process.at(T_max).sigma.item())) - change
 
 
-def bits_per_dim(log_p: Tensor, dims: int, bin_width: float = 1 / 127.5) -> Tensor:
+def bits_per_dim(log_p, dims, bin_width=1 / 127.5):
     """Bits per dimension (B,) of integer pixels, from the log-density `log_p` (B,), in nats, of dequantized pixels.
 
     `dims` is the number of values in an image. `bin_width` is the distance between neighbouring pixel values; scaled
@@ -89,9 +86,8 @@ def bits_per_dim(log_p: Tensor, dims: int, bin_width: float = 1 / 127.5) -> Tens
     return -(log_p / dims + math.log(bin_width)) / math.log(2)
 
 
-def log_likelihoods(net, process: Process, data: Tensor, *, rows: range, device, seed: int, T_min: float, T_max: float,
-                    probe: str = "rademacher", bin_width: float = 0.0, labels: Tensor | None = None,
-                    cond: Tensor | None = None, base: str = "noise", batch_size: int = 100, **settings):
+def log_likelihoods(net, process: Process, data, *, rows: range, device, seed, T_min, T_max, probe="rademacher",
+                    bin_width=0.0, labels=None, cond=None, base="noise", batch_size=100, **settings):
     """Yields log p, (B,) float32 in nats on `device`, of the items `rows` of `data` (N, ...), in order, in batches.
 
     `data` are scaled as in training, `labels` (N,) are their labels, and `cond` (N, C, ...) their conditions. If
@@ -100,7 +96,7 @@ def log_likelihoods(net, process: Process, data: Tensor, *, rows: range, device,
     tolerances, the result depends neither on `batch_size` nor on the number of ranks. `settings` may hold arguments of
     `Field`, such as model_type, and of `flow`; others are ignored. Raises UserError for an unknown probe.
     """
-    def log_p(batch: range) -> Tensor:
+    def log_p(batch: range):
         noise = RowNoise(batch, data.shape[1:], device, seed, "likelihood")
         x0, label, given = (x if x is None else x[batch.start : batch.stop].to(device) for x in (data, labels, cond))
         if bin_width:

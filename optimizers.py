@@ -8,7 +8,7 @@ warm-up, in [0, 1], that returns a number from 0 (min_lr) to 1 (base_lr), and gi
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from utils import look_up
 
@@ -18,8 +18,7 @@ SCHEDULES = {
 }
 
 
-def learning_rate(step: int, *, base_lr: float, min_lr: float, warmup_steps: int, num_training_steps: int,
-                  lr_schedule: str) -> float:
+def learning_rate(step, *, base_lr, min_lr, warmup_steps, num_training_steps, lr_schedule):
     """The learning rate of step `step` (from 0): a linear warm-up to `base_lr`, and then the schedule.
 
     `constant` stays at `base_lr`. `cosine` falls to `min_lr`, which it reaches at step `num_training_steps`. Raises
@@ -31,7 +30,7 @@ def learning_rate(step: int, *, base_lr: float, min_lr: float, warmup_steps: int
     return min_lr + (base_lr - min_lr) * look_up(SCHEDULES, lr_schedule)(min(progress, 1.0))
 
 
-def make_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+def make_optimizer(net: nn.Module, weight_decay) -> torch.optim.Optimizer:
     """AdamW, fused into one kernel, with weight decay on matrices and convolution kernels, not on biases and norms."""
     parameters = [p for p in net.parameters() if p.requires_grad]
     groups = [
@@ -41,7 +40,7 @@ def make_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, lr=0.0, fused=parameters[0].device.type in ("cpu", "cuda"))
 
 
-def take_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+def take_step(optimizer: torch.optim.Optimizer, max_norm):
     """Takes a step of the optimizer, with gradients scaled down to the norm `max_norm` if theirs is larger (0: never).
 
     Returns the norm of all gradients before scaling, a scalar on their device. If it is not finite, weights and moments

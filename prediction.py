@@ -33,18 +33,18 @@ PREDICTIONS = {
 }
 
 
-def row(kind: str, c: Coefs) -> tuple[Tensor | float, Tensor | float]:
+def row(kind, c: Coefs) -> tuple[Tensor | float, Tensor | float]:
     """p and q of this kind at the coefficients `c`, tensors or numbers. Raises UserError for an unknown kind."""
     return look_up(PREDICTIONS, kind)(c)[:2]
 
 
-def without_mean(y: Tensor, c: Coefs, kind: str, m: Tensor | float) -> Tensor:
+def without_mean(y, c: Coefs, kind, m):
     """A network's output `y` of this kind, less its known part r m, for the mean of the base m (B, ...) or 0."""
     known = look_up(PREDICTIONS, kind)(c)[2:]
     return y - known[0] * m if known else y
 
 
-def target(kind: str, c: Coefs, x0: Tensor, x1: Tensor) -> Tensor:
+def target(kind, c: Coefs, x0, x1):
     """The training target of this kind, p x0 + q x1, for x0 and x1 (B, ...) and the coefficients `c` at their times.
 
     Raises UserError for an unknown kind.
@@ -53,7 +53,7 @@ def target(kind: str, c: Coefs, x0: Tensor, x1: Tensor) -> Tensor:
     return p * x0 + q * x1
 
 
-def convert(y: Tensor, z: Tensor, c: Coefs, kind: str, to: str) -> Tensor:
+def convert(y, z, c: Coefs, kind, to):
     """Converts a prediction `y` of one kind at `z`, both (B, ...), to the kind `to`. Equal kinds return `y` itself.
 
     Raises UserError for an unknown kind. The result is not finite where D = 0: `y` then does not determine `to`, as the
@@ -66,7 +66,7 @@ def convert(y: Tensor, z: Tensor, c: Coefs, kind: str, to: str) -> Tensor:
     return (z_factor * z + y_factor * y) / (c.alpha * q - c.sigma * p)
 
 
-def error_factor(c: Coefs, kind: str) -> Tensor:
+def error_factor(c: Coefs, kind):
     """How much a conversion of this kind enlarges the network's error: (|p| + |q|) / |D|, in the shape of `c`.
 
     If the prediction has the relative error e, the x0 computed from it has an error of e sigma times this factor, and
@@ -87,12 +87,12 @@ class Preconditioned(nn.Module):
         super().__init__()
         self.net, self.process = net, process
 
-    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+    def forward(self, xt, t, label=None, cond=None):
         c = self.process.coefs(t)
         return self.net(append_dims(c.variance.rsqrt(), xt.ndim) * xt, -c.log_snr / 8, label, cond)
 
 
-def likelihood_weight(c: Coefs, x0_error_factor) -> Tensor:
+def likelihood_weight(c: Coefs, x0_error_factor):
     """The weight g^2 / 2 of the squared error of the score, which gives the bound on the likelihood.
 
     (Song et al. 2021, "Maximum Likelihood Training", theorem 1.) The squared error of the score is (alpha / sigma^2)^2
@@ -118,7 +118,7 @@ LOSS_WEIGHTINGS = {
 }
 
 
-def loss_weight(c: Coefs, loss_weighting: str, target_type: str, **settings) -> Tensor:
+def loss_weight(c: Coefs, loss_weighting, target_type, **settings):
     """The factor by which the loss multiplies the squared error of a target of kind `target_type`, in the shape of `c`.
 
     `none` gives 1: the loss is the squared error of the target. Every other weighting is defined for the squared error

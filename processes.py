@@ -40,42 +40,42 @@ class Coefs(NamedTuple):
     x1_drift: Tensor | None = None  # coefficient of x1 in `drift`, where the process has a better formula for it
 
     @property
-    def f(self) -> Tensor:
+    def f(self):
         """Coefficient f of the forward SDE dx = f x dt + g dW."""
         return self.alpha_dot / self.alpha
 
     @property
-    def delta(self) -> Tensor:
+    def delta(self):
         """g^2 / 2. The forward SDE has the drift velocity + delta score, the reverse SDE velocity - delta score."""
         return self.half_g2 if self.half_g2 is not None else self.sigma * self.sigma_dot - self.f * self.sigma**2
 
     @property
-    def g(self) -> Tensor:
+    def g(self):
         """Diffusion coefficient of the forward SDE dx = f x dt + g dW."""
         return (2 * self.delta).sqrt()
 
     @property
-    def drift(self) -> Tensor:
+    def drift(self):
         """Coefficient of x1 in the drift velocity - own_eps score of the process's own reverse SDE."""
         return self.x1_drift if self.x1_drift is not None else self.sigma_dot + self.delta / self.sigma
 
     @property
-    def own_eps(self) -> Tensor:
+    def own_eps(self):
         """Half the squared noise of the process's own reverse SDE: delta, unless it has an `x1_drift`."""
         return self.sigma * (self.drift - self.sigma_dot)
 
     @property
-    def log_snr(self) -> Tensor:
+    def log_snr(self):
         """log(alpha^2 / sigma^2); its derivative in t is -2 delta / sigma^2."""
         return 2 * (self.alpha.log() - self.sigma.log())
 
     @property
-    def variance(self) -> Tensor:
+    def variance(self):
         """Variance of xt: alpha^2 sigma_data^2 + sigma^2."""
         return self.alpha**2 * self.sigma_data**2 + self.sigma**2
 
 
-def derivative(function, t: Tensor) -> Tensor:
+def derivative(function, t):
     """The derivative of a function of t, in the shape of t, by automatic differentiation."""
     return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
 
@@ -93,44 +93,44 @@ class Process:
     shift = None  # or a method of t
     last = math.inf  # latest time at which predictions can be converted
 
-    def alpha(self, t: Tensor) -> Tensor:
+    def alpha(self, t):
         raise NotImplementedError
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t):
         raise NotImplementedError
 
-    def alpha_dot(self, t: Tensor) -> Tensor:
+    def alpha_dot(self, t):
         return derivative(self.alpha, t)
 
-    def sigma_dot(self, t: Tensor) -> Tensor:
+    def sigma_dot(self, t):
         return derivative(self.sigma, t)
 
-    def shift_dot(self, t: Tensor) -> Tensor:
+    def shift_dot(self, t):
         return derivative(self.shift, t)
 
-    def coefs(self, t: Tensor, ndim: int = 1) -> Coefs:
+    def coefs(self, t, ndim=1) -> Coefs:
         """The coefficients at t (B,), shaped to multiply a batch of `ndim` dimensions."""
         names = ["alpha", "sigma", "alpha_dot", "sigma_dot", "half_g2", "x1_drift"]
         names += ["shift", "shift_dot"] if self.shift else []
         found = {name: append_dims(getattr(self, name)(t), ndim) for name in names if getattr(self, name)}
         return Coefs(sigma_data=self.sigma_data, **found)
 
-    def at(self, time: float) -> Coefs:
+    def at(self, time) -> Coefs:
         """The coefficients at one time: float64 scalars on the CPU. They multiply tensors of any type and device."""
         return self.coefs(torch.tensor(time, dtype=torch.float64), ndim=0)
 
-    def log_snr(self, t: Tensor) -> Tensor:
+    def log_snr(self, t):
         """log(alpha^2 / sigma^2), in the shape of t."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
-    def time(self, log_snr: Tensor) -> Tensor:
+    def time(self, log_snr):
         """The t in [0, 1] at which log(alpha^2 / sigma^2) has these values, in their shape, in float64.
 
         For a value that it does not take in [0, 1], this is the nearer end, 0 or 1.
         """
         return self.inverse(log_snr.double().clamp(-600, 600)).clamp(0, 1)  # exp(600) is finite in float64
 
-    def inverse(self, log_snr: Tensor) -> Tensor:
+    def inverse(self, log_snr):
         """The t at which log(alpha^2 / sigma^2) has these values, which are finite: by bisection.
 
         A class that has a formula overrides this. A formula may also give a t outside [0, 1].
@@ -318,7 +318,7 @@ class LinearVE(EDM):
     This is EDM's own sigma(t) = t, rescaled to t in [0, 1] (Karras et al. 2022, table 1).
     """
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
+    def __init__(self, sigma_min=0.002, sigma_max=80.0):
         super().__init__(sigma_min, sigma_max, rho=1.0)
 
 
@@ -373,7 +373,7 @@ PROCESSES = {
 class AroundMean(Process):
     """`process` with the base N(m, base_std^2 I): sigma -> base_std sigma, and shift = sigma."""
 
-    def __init__(self, process: Process, base_std: float):
+    def __init__(self, process: Process, base_std):
         self.process, self.std, self.shift, self.shift_dot = process, base_std, process.sigma, process.sigma_dot
         self.alpha, self.alpha_dot = process.alpha, process.alpha_dot
         if process.half_g2:
@@ -389,7 +389,7 @@ class AroundMean(Process):
         return self.process.inverse(log_snr + 2 * math.log(self.std))
 
 
-def first_channels(cond: Tensor | None, shape):
+def first_channels(cond, shape):
     """The condition itself, (B, *shape): as many of its channels as the data have, enlarged to their size. 0 if hidden.
     """
     return 0.0 if cond is None else enlarged(cond[:, : shape[0]], shape[1:])
@@ -399,8 +399,7 @@ def first_channels(cond: Tensor | None, shape):
 BASES = {"noise": lambda cond, shape: 0.0, "condition": first_channels}
 
 
-def make_process(process: str, sigma_data: float = 0.5, base: str = "noise", base_std: float = 1.0,
-                 **settings) -> Process:
+def make_process(process, sigma_data=0.5, base="noise", base_std=1.0, **settings) -> Process:
     """The process of this name, made with those of `settings` that it has arguments for; others are ignored.
 
     Raises UserError for an unknown name, and for settings that the process refuses.

@@ -88,7 +88,7 @@ class Field:
         loses_x0 = end.sigma * error_factor(end, self.model_type) > MAX_ERROR_FACTOR
         self.latest = self.process.time(torch.tensor(-2 * math.log(LATEST_RATIO))).item() if loses_x0 else math.inf
 
-    def predict(self, x: Tensor, time: float, guided_at: float) -> Tensor:
+    def predict(self, x, time, guided_at):
         """The network's prediction, of kind model_type, at x (B, ...) and one time, in the type of x.
 
         Guidance acts as at the time `guided_at`.
@@ -106,7 +106,7 @@ class Field:
             out = guide + self.guidance_scale * (out - guide)
         return out
 
-    def __call__(self, x: Tensor, time: float, *kinds: str):
+    def __call__(self, x, time, *kinds):
         """The prediction at x (B, ...) and one time: one kind, or a list of several, by a single network call."""
         out_kind, c = self.model_type, self.process.at(min(time, self.process.last))
         if time <= self.latest:
@@ -118,16 +118,16 @@ class Field:
         converted = [convert(out, x, c, out_kind, kind) for kind in kinds]
         return converted[0] if len(kinds) == 1 else converted
 
-    def velocity(self, x: Tensor, time: float) -> Tensor:
+    def velocity(self, x, time):
         """The velocity of the ODE at x (B, ...) and one time."""
         return self(x, time, "velocity")
 
-    def drift(self, x: Tensor, time: float, eps: float) -> Tensor:
+    def drift(self, x, time, eps):
         """The drift velocity - eps score of the SDE at x (B, ...) and one time."""
         velocity, score = self(x, time, "velocity", "score")
         return velocity - eps * score
 
-    def eps(self, t: float, t_next: float) -> float:
+    def eps(self, t, t_next):
         """eps for the step from t to t_next: its value in the middle of the step, at most sigma(t_next)^2 / (2 |dt|).
 
         So no step adds more noise than there is at its end. Every eps keeps the marginals, but in one step a larger one
@@ -151,7 +151,7 @@ def quadratic(u, T_min, T_max):
     return (T_min**0.5 + (T_max**0.5 - T_min**0.5) * u) ** 2
 
 
-def shifted(u, T_min, T_max, grid_shift: float):
+def shifted(u, T_min, T_max, grid_shift):
     """With grid_shift > 1, steps of t are shorter near the noise, as large images need.
 
     (Esser et al. 2024, "Scaling Rectified Flow", eq. 23.)
@@ -164,7 +164,7 @@ def log_snr(u, T_min, T_max, process: Process):
     return process.time(uniform(u, process.at(T_min).log_snr, process.at(T_max).log_snr))
 
 
-def edm(u, T_min, T_max, process: Process, rho: float):
+def edm(u, T_min, T_max, process: Process, rho):
     """Equal steps of (sigma / alpha)^(1 / rho): EDM's noise levels, for any process (Karras et al. 2022, eq. 5)."""
     low, high = ((process.at(time).log_snr / (-2 * rho)).exp() for time in (T_min, T_max))
     return process.time(-2 * rho * uniform(u, low, high).log())
@@ -175,7 +175,7 @@ GRIDS = {"uniform": uniform, "quadratic": quadratic, "shifted": shifted, "log_sn
 NOISE_LEVEL_GRIDS = ("log_snr", "edm")
 
 
-def make_grid(n: int, T_min: float, T_max: float, grid: str = "uniform", **settings) -> list[float]:
+def make_grid(n, T_min, T_max, grid="uniform", **settings) -> list[float]:
     """The n + 1 times of n steps, from T_max down to T_min; both ends are exact.
 
     `settings` may hold arguments of the grid; others are ignored. Raises UserError if the times are not finite or do
@@ -208,7 +208,7 @@ def heun_step(field, x, t, t_next):
     return x + (t_next - t) * (velocity + velocity_next) / 2
 
 
-def heun(field, x, ts, denoise: bool = False):
+def heun(field, x, ts, denoise=False):
     """Heun's method: order 2, 2n - 1 network calls; the last step is an Euler step.
 
     With `denoise`, every step of the grid is Heun's, and a last one goes to the predicted x0: 2n + 1 network calls
@@ -239,7 +239,7 @@ def rk4(field, x, ts):
     return x
 
 
-def solve_adaptively(slope, state, t_from: float, t_to: float, rtol: float, atol: float):
+def solve_adaptively(slope, state, t_from, t_to, rtol, atol):
     """Solves d state / dt = slope(t, state) from t_from to t_to by torchdiffeq's dopri5, and returns the state at t_to.
 
     `state` is a tuple of tensors, and so is its slope. Raises UserError if no step is small enough for the tolerances.
@@ -258,7 +258,7 @@ def solve_adaptively(slope, state, t_from: float, t_to: float, rtol: float, atol
 
 
 @torch.no_grad()
-def dopri5(field, x, ts, rtol: float = 1e-5, atol: float = 1e-5):
+def dopri5(field, x, ts, rtol=1e-5, atol=1e-5):
     """The adaptive method of Dormand & Prince: order 5, from ts[0] to ts[-1].
 
     Its steps follow from `rtol` and `atol`; it ignores the times of the grid in between. They are chosen for the batch
@@ -335,7 +335,7 @@ def stochastic_heun(field, x, ts, noise=torch.randn_like):
 
 
 @torch.no_grad()
-def predictor_corrector(field, x, ts, noise=torch.randn_like, corrector_snr: float = 0.16):
+def predictor_corrector(field, x, ts, noise=torch.randn_like, corrector_snr=0.16):
     """An Euler-Maruyama step and then a Langevin step at the new time, again and again: 2n - 1 network calls.
 
     (Song et al. 2021, algorithms 2 to 5.) The Langevin step has size 2 (corrector_snr sigma)^2. In place of sigma, Song
@@ -367,8 +367,8 @@ def ancestral(field, x, ts, noise=torch.randn_like):
 
 
 @torch.no_grad()
-def edm_churn(field, x, ts, noise=torch.randn_like, churn: float = 30.0, churn_min: float = 0.01,
-              churn_max: float = 1.0, churn_noise: float = 1.0, denoise: bool = False):
+def edm_churn(field, x, ts, noise=torch.randn_like, churn=30.0, churn_min=0.01, churn_max=1.0, churn_noise=1.0,
+              denoise=False):
     """EDM's stochastic sampler: `heun`, with as many network calls, but each step first adds noise.
 
     (Karras et al. 2022, algorithm 2, here for any alpha and sigma.) Where sigma / alpha is in [churn_min, churn_max],
@@ -405,10 +405,8 @@ SAMPLERS = ODE_SAMPLERS | SDE_SAMPLERS
 FROM_A_POINT = ("euler_maruyama", "stochastic_heun", "predictor_corrector")
 
 
-def draw(net, process: Process, *, rows: range, shape: tuple[int, ...], device, seed: int, sampler: str,
-         sampling_steps: int, T_min: float, T_max: float, grid: str = "uniform", denoise: bool = False,
-         labels: Tensor | None = None, cond: Tensor | None = None, base: str = "noise", batch_size: int | None = None,
-         **settings):
+def draw(net, process: Process, *, rows: range, shape, device, seed, sampler, sampling_steps, T_min, T_max,
+         grid="uniform", denoise=False, labels=None, cond=None, base="noise", batch_size=None, **settings):
     """Yields the samples `rows`, in order, as batches (B, *shape) in float32 on `device`, each with its network calls.
 
     xt starts at `T_max`, as the mean of the base plus sigma(T_max) times noise, and ends at `T_min`. Sample i is a

@@ -13,7 +13,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from processes import Process
 from utils import UserError
@@ -26,24 +25,24 @@ class Uniform:
     T_min: float = 0.0
     T_max: float = 1.0
 
-    def unit(self, batch_size: int, device, generator) -> Tensor:
+    def unit(self, batch_size, device, generator):
         """Times (B,) in [0, 1], not yet scaled to [T_min, T_max]. A subclass overrides this and `unit_density`."""
         return torch.rand(batch_size, device=device, generator=generator)
 
-    def unit_density(self, u: Tensor) -> Tensor:
+    def unit_density(self, u):
         """The probability density of the times of `unit` at u in [0, 1], in u's type or in float64."""
         return torch.ones_like(u)
 
-    def __call__(self, batch_size: int, device=None, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, batch_size, device=None, generator=None):
         t = self.T_min + (self.T_max - self.T_min) * self.unit(batch_size, device, generator)
         return t.float().clamp(self.T_min, self.T_max)  # rounding may go beyond an end by one unit in the last place
 
-    def density(self, t: Tensor) -> Tensor:
+    def density(self, t):
         """Probability density at t (B,) in [T_min, T_max]."""
         length = self.T_max - self.T_min
         return self.unit_density(((t - self.T_min) / length).clamp(0, 1)).to(t.dtype) / length
 
-    def importance(self, t: Tensor) -> Tensor:
+    def importance(self, t):
         """Importance weight of t (B,): the density of uniform times over the density of this sampler.
 
         The mean of a loss with these weights estimates its mean over uniform times, without bias. The weights of
@@ -64,12 +63,12 @@ class Stratified(Uniform):
         return (cell + torch.rand(batch_size, device=device, generator=generator)) / batch_size
 
 
-def normal_density(z: Tensor) -> Tensor:
+def normal_density(z):
     """The density of N(0, 1) at z."""
     return torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
 
 
-def inside(u: Tensor) -> Tensor:
+def inside(u):
     """u in float64, at least 1e-8 away from 0 and 1, where a density may be infinite or 0 / 0."""
     return u.double().clamp(1e-8, 1 - 1e-8)
 
