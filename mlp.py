@@ -25,7 +25,6 @@ class MLP(nn.Module):
         for shape in data_shape, cond_shape or (1,):
             if len(shape) != 1:
                 raise ValueError(f"mlp takes vectors, not data of shape {tuple(shape)}: use --network unet")
-        self.num_classes = num_classes
         self.register_buffer("frequencies", math.pi * torch.logspace(-1, 6, 32, base=2.0), persistent=False)
         self.data = nn.Linear(data_shape[0] + sum(cond_shape), hidden_dim)
         self.time = nn.Linear(2 * len(self.frequencies), hidden_dim)
@@ -45,8 +44,7 @@ class MLP(nn.Module):
             xt = torch.cat([xt, xt.new_zeros(len(xt), missing) if cond is None else cond], dim=1)
         h = self.data(xt) + self.time(torch.cat([angles.cos(), angles.sin()], dim=1))  # (B, hidden_dim)
         if self.label is not None:
-            label = torch.full(t.shape, self.num_classes, device=t.device) if label is None else label
-            h = h + self.label(label)
+            h = h + (self.label.weight[-1] if label is None else self.label(label))
         for layer in self.layers:
             h = h + layer(h)
         return self.out(h)

@@ -11,12 +11,18 @@ To use another network, write a class with the same call, and give it a row in N
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils import enlarged
+
+
+def largest_divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`; 1 for a `most` of 0."""
+    return next(d for d in range(max(most, 1), 0, -1) if n % d == 0)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -26,7 +32,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def __init__(self, channels: int):
-        super().__init__(next(g for g in range(min(32, max(channels // 4, 1)), 0, -1) if channels % g == 0), channels)
+        super().__init__(largest_divisor(channels, min(32, channels // 4)), channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
@@ -54,7 +60,7 @@ class Conditioning(nn.Module):
 
     def __init__(self, features: int, dim: int, num_classes: int, attributes: int = 0):
         super().__init__()
-        self.features, self.num_classes = features, num_classes
+        self.features = features
         self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None  # the last row: no label
         self.attributes = nn.Linear(attributes, dim, bias=False) if attributes else None
@@ -62,8 +68,7 @@ class Conditioning(nn.Module):
     def forward(self, t: Tensor, label: Tensor | None, attributes: Tensor | None = None) -> Tensor:
         emb = self.mlp(time_features(t, self.features))
         if self.label is not None:
-            label = torch.full(t.shape, self.num_classes, device=t.device) if label is None else label
-            emb = emb + self.label(label)
+            emb = emb + (self.label.weight[-1] if label is None else self.label(label))
         if self.attributes is not None and attributes is not None:
             emb = emb + self.attributes(attributes)
         return F.silu(emb)
@@ -102,57 +107,31 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, all (B, heads, N, d)."""
-    # here torch's own kernel takes three times as long
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 1024:
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
-
-
 class Attention(nn.Module):
     """Self-attention over the pixels, in heads of 64 channels or the next larger divisor; one head may be smaller."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.heads = next(h for h in range(max(1, channels // 64), 0, -1) if channels % h == 0)
+        self.heads = largest_divisor(channels, channels // 64)
         self.norm = GroupNorm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         # a view, if x is in channels_last
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, C // self.heads)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, heads, H * W, C / heads)
-        h = attend(q, k, v).transpose(1, 2).reshape(B, H, W, C)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
         return x + self.out(h.permute(0, 3, 1, 2))
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Layers(nn.ModuleList):
-    """Layers that are called one after the other, each with the conditioning vector."""
+    """Layers that are called one after the other, those that take it with the conditioning vector."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
-            x = layer(x, emb)
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
 
 
@@ -187,35 +166,35 @@ class UNet(nn.Module):
         self.cond_channels = cond_shape[0] if len(cond_shape) == 3 else 0
         self.conditioning = Conditioning(2 * (model_channels // 2), emb_dim, num_classes, attributes)
 
-        def block(channels_in, channels, side):
-            attention = [Attention(channels)] if side in attention_resolutions else []
+        def block(channels_in, channels, level):
+            attention = [Attention(channels)] if sides[level] in attention_resolutions else []
             return Layers([ResBlock(channels_in, channels, emb_dim, dropout), *attention])
 
-        channels, side = model_channels, H
+        channels = model_channels
+        widths = [mult * model_channels for mult in channel_mults]
         self.input = nn.Conv2d(C + self.cond_channels, channels, 3, padding=1)
         self.down, skips = nn.ModuleList(), [channels]
-        for level, mult in enumerate(channel_mults):
+        for level, width in enumerate(widths):
             if level > 0:
-                self.down.append(Layers([Downsample(channels)]))
+                conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+                self.down.append(Layers([nn.Sequential(OrderedDict(conv=conv))]))
                 skips.append(channels)
-                side //= 2
             for _ in range(num_res_blocks):
-                self.down.append(block(channels, mult * model_channels, side))
-                channels = mult * model_channels
+                self.down.append(block(channels, width, level))
+                channels = width
                 skips.append(channels)
 
         self.middle = Layers([ResBlock(channels, channels, emb_dim, dropout), Attention(channels),
                               ResBlock(channels, channels, emb_dim, dropout)])
 
         self.up = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mults))):
-            for i in range(num_res_blocks + 1):
-                layers = block(channels + skips.pop(), mult * model_channels, side)
-                channels = mult * model_channels
-                if level > 0 and i == num_res_blocks:
-                    layers.append(Upsample(channels))
-                    side *= 2
-                self.up.append(layers)
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(num_res_blocks + 1):
+                self.up.append(block(channels + skips.pop(), width, level))
+                channels = width
+            if level > 0:
+                conv = nn.Conv2d(channels, channels, 3, padding=1)
+                self.up[-1].append(nn.Sequential(OrderedDict(enlarge=nn.Upsample(scale_factor=2.0), conv=conv)))
 
         self.norm_out = GroupNorm(channels)
         self.out = zero(nn.Conv2d(channels, C, 3, padding=1))

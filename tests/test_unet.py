@@ -85,7 +85,7 @@ def test_time_features_of_near_times_differ():
     assert (features[1:] - features[:-1]).norm(dim=1).min() > 0.1
 
 
-def plain_attention(self, x, emb):
+def plain_attention(self, x):
     """`Attention.forward` by the plain formula, with a copy for each change of shape."""
     B, C, H, W = x.shape
     qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
@@ -159,7 +159,7 @@ def test_compiles_into_one_graph_once():
 def test_a_step_of_training_compiles_into_one_graph():
     """Forward and backward, with dropout, labels and bfloat16, through AOTAutograd, which traces each operation.
 
-    The network has one resolution, so that this takes seconds: Downsample and Upsample are in the test above.
+    The network has one resolution, so that this takes seconds: changes of resolution are in the test above.
     """
     torch._dynamo.reset()  # else the shape of the images becomes a variable, after the other shape above: slower
     net = UNet((1, 4, 4), num_classes=3, dropout=0.1, **{**SMALL, "channel_mults": (1,)})
