@@ -7,14 +7,13 @@
 
 It prints a table and writes it as JSON. What is compared runs alternately, and each ratio is the median of the ratios
 of the rounds. So a machine whose speed changes slows both. Nothing is downloaded: CIFAR-10 is grey images. To add a
-part, write a function like those of PARTS and give it a row there.
+part, write a function like those of PARTS and give it a row there. tests/benchmark_peers.py times another library's
+training step beside the trainer.
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
-import importlib.util
 import io
 import json
 import math
@@ -42,7 +41,7 @@ from distributed import on_rank0, print0, set_up, world_size
 from optimizers import take_step
 from sampling import SAMPLERS
 from trainer import TRAINERS
-from utils import UserError, import_torchvision, write_atomically
+from utils import UserError, write_atomically
 
 # ---- How it is measured
 
@@ -213,57 +212,24 @@ def measure_start(trainer):
     yield "sh run.sh digits, to the first step", {"s": seconds}
 
 
-def torchcfm_step(batch_size, device):
-    """A training step of torchcfm's CIFAR-10 example (Tong et al. 2023), as a function."""
-    import_torchvision()  # in a way that works beside a CPU build of torch; torchcfm imports it too
-    from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
-    from torchcfm.models.unet.unet import UNetModelWrapper
-
-    net = UNetModelWrapper(dim=(3, 32, 32), num_res_blocks=2, num_channels=128, channel_mult=[1, 2, 2, 2],
-                           num_head_channels=64, attention_resolutions="16", dropout=0.1).to(device)
-    average, matcher = copy.deepcopy(net.state_dict()), ConditionalFlowMatcher(sigma=0.0)
-    optimizer, images = torch.optim.Adam(net.parameters()), torch.randn(batch_size, 3, 32, 32, device=device)
-
-    def step():
-        optimizer.zero_grad()
-        t, xt, ut = matcher.sample_location_and_conditional_flow(torch.randn_like(images), images)
-        torch.mean((net(t, xt) - ut) ** 2).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        for name, value in net.state_dict().items():
-            average[name].copy_(average[name] * 0.9999 + value * 0.0001)
-
-    return step
-
-
-def measure_peers(trainer):
-    """The trainer over torchcfm. Their networks are of the same size with the settings of preset cifar10."""
-    config = trainer.config
-    if trainer.spec.shape != (3, 32, 32) or not importlib.util.find_spec("torchcfm"):
-        return print0("  only for images of 3 x 32 x 32, and where torchcfm is installed")
-    times = time_alternately({"peer": repeated(torchcfm_step(config.batch_size, trainer.device)),
-                              "trainer": functools.partial(train, trainer)}, config)
-    yield "torchcfm", {"images_per_s": config.batch_size / times["peer"],
-                       "trainer_over_it": times["peer"] / times["trainer"]}
-
-
 # ---- The command line
 
 # Sampling first, from the weights of the start: those that training here makes cost dopri5 hundreds of network calls
-PARTS = {"sampling": measure_sampling, "training": measure_training, "start": measure_start, "peers": measure_peers}
+PARTS = {"sampling": measure_sampling, "training": measure_training, "start": measure_start}
 
 
 @dataclass
 class Options(Config):
-    parts: tuple[Literal[tuple(PARTS)], ...] = tuple(PARTS)  # What to measure; start and peers on one rank only.
+    parts: tuple[Literal[tuple(PARTS)], ...] = tuple(PARTS)  # What to measure; start on one rank only.
     out: str = "benchmark.json"  # File to write.
     rounds: Positive[int] = 5  # How often everything is measured.
     seconds: Positive[float] = 1.0  # Least time of one measurement.
 
 
-def main(arguments):
+def main(arguments, options_class=Options):
+    """The benchmark. `options_class` is Options, or a subclass with other defaults."""
     os.environ.setdefault("WANDB_MODE", "offline")  # also for the runs that it starts
-    options = read_config(arguments, Options, f"{__doc__.splitlines()[0]} Usage: benchmark.py")
+    options = read_config(arguments, options_class, f"{__doc__.splitlines()[0]} Usage: benchmark.py")
     report = {"settings": dataclasses.asdict(options)}
 
     def save():
@@ -280,7 +246,7 @@ def main(arguments):
         print0(report["machine"])
         trainer = make_trainer(options, device, folder)
         for part in options.parts:
-            if world_size() > 1 and part in ("start", "peers"):
+            if world_size() > 1 and part == "start":
                 continue
             print0(f"\n{part}")
             report[part] = {}

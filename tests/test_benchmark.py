@@ -8,14 +8,16 @@ import os
 from collections import Counter
 from types import SimpleNamespace
 
+import benchmark_peers
 import numpy as np
 import pytest
 import torch
+from benchmark_peers import PeerOptions, measure_peers
 from conftest import ROOT, assert_one_line_error, launch, run, tiny
 from torch._dynamo.utils import counters
 
 import benchmark
-from benchmark import Options, bare_network, ceilings, flops_of, measure_peers
+from benchmark import Options, bare_network, ceilings, flops_of
 from config import HERE
 from data_utils import make_dataset
 from trainer import DiffusionTrainer
@@ -76,10 +78,10 @@ def test_settings_and_machine_are_reported_and_nothing_is_left(report):
 
 def test_on_two_ranks(tmp_path):
     out = tmp_path / "b.json"
-    result = run(*launch(2), ROOT / "benchmark.py", *TINY, "--parts", "training", "peers", "--out", out)
+    result = run(*launch(2), ROOT / "benchmark.py", *TINY, "--parts", "training", "start", "--out", out)
     assert result.returncode == 0, result.stderr
     content = json.load(open(out))
-    assert content["machine"]["ranks"] == 2 and "\ntraining\n" in result.stdout and "\npeers\n" not in result.stdout
+    assert content["machine"]["ranks"] == 2 and "\ntraining\n" in result.stdout and "\nstart\n" not in result.stdout
     assert 0 <= content["training"]["exchange of gradients, beside the backward pass"]["of_the_step"] < 1
 
 
@@ -192,8 +194,8 @@ def photographs(tmp_path):
 
 def test_a_peer_is_measured_beside_the_trainer(monkeypatch, photographs):
     steps = []
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(benchmark, "torchcfm_step", lambda batch_size, device: lambda: steps.append(batch_size))
+    monkeypatch.setattr(benchmark_peers.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(benchmark_peers, "torchcfm_step", lambda batch_size, device: lambda: steps.append(batch_size))
     ((name, row),) = measure_peers(photographs)
     assert name == "torchcfm" and (row["images_per_s"] > 0).all() and (row["trainer_over_it"] < 1).all()
     assert len(steps) > 3 and set(steps) == {2}
@@ -203,7 +205,7 @@ def test_torchcfm_trains(monkeypatch):
     unet, nets = pytest.importorskip("torchcfm.models.unet.unet").UNetModelWrapper, []
     monkeypatch.setattr("torchcfm.models.unet.unet.UNetModelWrapper",
                         lambda **settings: nets.append(unet(**settings)) or nets[0])
-    step = benchmark.torchcfm_step(1, torch.device("cpu"))
+    step = benchmark_peers.torchcfm_step(1, torch.device("cpu"))
     for _ in range(2):
         before = [p.clone() for p in nets[0].parameters()]
         step()
@@ -215,11 +217,27 @@ def test_torchcfm_trains(monkeypatch):
 
 
 def test_peers_need_photographs_and_the_library(tmp_path, digits, photographs, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "torchcfm_step", None)
+    monkeypatch.setattr(benchmark_peers, "torchcfm_step", None)
     for trainer, spec in ((trainer_of(tmp_path / "digits", digits), "there"), (photographs, None)):
-        monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name, spec=spec: spec)
+        monkeypatch.setattr(benchmark_peers.importlib.util, "find_spec", lambda name, spec=spec: spec)
         assert list(measure_peers(trainer)) == []
         assert "only for images of 3 x 32 x 32, and where torchcfm is installed" in capsys.readouterr().out
+
+
+def test_peers_need_a_single_rank(photographs, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_peers, "torchcfm_step", None)
+    monkeypatch.setattr(benchmark_peers.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert list(measure_peers(photographs)) == [] and "on one rank" in capsys.readouterr().out
+
+
+def test_the_script_of_peers_reports_its_part(tmp_path, monkeypatch, capsys):
+    """By the command line of the benchmark, here with data that it is not for."""
+    monkeypatch.setattr(benchmark_peers.importlib.util, "find_spec", lambda name: None)
+    benchmark.main([*TINY, "--out", str(tmp_path / "b.json")], PeerOptions)
+    report = json.load(open(tmp_path / "b.json"))
+    assert report["settings"]["parts"] == ["peers"] and report["peers"] == {}
+    assert "\npeers\n  only for images" in capsys.readouterr().out
 
 
 def test_nothing_is_downloaded(tmp_path, monkeypatch):
