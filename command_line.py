@@ -142,7 +142,7 @@ def parse(cls, arguments, default=None, description=None):
             options = tyro.cli(cls, args=arguments, default=default, description=description,
                                config=(tyro.conf.FlagConversionOff,))
     except SystemExit as end:
-        if end.code in (0, None):
+        if not end.code:
             raise
         box = " ".join(re.sub("[│╭╮╰╯─]", " ", messages.getvalue().partition("\n")[2]).split())  # without its title
         fail(f"{box.partition(' For full helptext')[0]} (`--help` lists all settings; spaces separate several numbers)")

@@ -6,6 +6,7 @@ not there. `step_0001000.pt` are the last few and the milestones; `last.pt` is a
 """
 
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -147,15 +148,13 @@ def plain(settings):
     return json.loads(json.dumps(settings))
 
 
-HELD = {}  # folder -> its open lock file; the system releases it when this process ends, however it ends
-
-
+@functools.cache  # holds the open file: the system releases the lock when this process ends, however it ends
 def lock(folder):
-    """Keeps other processes out of this folder as long as this one lives. Raises UserError if one runs there."""
-    path = os.path.abspath(f"{folder}/lock")
-    if path in HELD:
-        return
-    file = open(path, "a+")
+    """Keeps other processes out of this folder, an absolute path, as long as this one lives. Returns the open file.
+
+    Raises UserError if another process runs there.
+    """
+    file = open(f"{folder}/lock", "a+")
     deadline = time.monotonic() + WAIT_FOR_LOCK
     while True:
         try:
@@ -173,7 +172,7 @@ def lock(folder):
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
-    HELD[path] = file
+    return file
 
 
 def open_run(folder, settings, defaults, may_change):
@@ -184,7 +183,7 @@ def open_run(folder, settings, defaults, may_change):
     """
     try:
         os.makedirs(folder, exist_ok=True)
-        lock(folder)
+        lock(os.path.abspath(folder))
     except OSError as error:
         raise UserError(f"cannot make the run's folder {folder} ({error.strerror}): choose another --run_name or "
                         "--ckpt_dir") from error

@@ -58,14 +58,14 @@ def time_features(t: Tensor, dim: int) -> Tensor:
 class Conditioning(nn.Module):
     """t (B,), label (B,) or None and attributes (B, A) or None -> one vector (B, dim) that every block reads."""
 
-    def __init__(self, features: int, dim: int, num_classes: int, attributes: int = 0):
+    def __init__(self, features: int, dim: int, num_classes: int, attributes: int):
         super().__init__()
         self.features = features
         self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None  # the last row: no label
         self.attributes = nn.Linear(attributes, dim, bias=False) if attributes else None
 
-    def forward(self, t: Tensor, label: Tensor | None, attributes: Tensor | None = None) -> Tensor:
+    def forward(self, t: Tensor, label: Tensor | None, attributes: Tensor | None) -> Tensor:
         emb = self.mlp(time_features(t, self.features))
         if self.label is not None:
             emb = emb + (self.label.weight[-1] if label is None else self.label(label))
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         # a view, if x is in channels_last
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, C // self.heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, heads, H * W, C / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, H * W, C / heads)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
         return x + self.out(h.permute(0, 3, 1, 2))
 
