@@ -152,12 +152,12 @@ def ceilings(trainer):
 def measure_training(trainer):
     """The trainer over the bare network, the bare network over the ceilings, what a step consists of, and memory."""
     config, (backward, step), limits = trainer.config, bare_network(trainer), ceilings(trainer)
-    functions = {"trainer": functools.partial(train, trainer), "bare network": repeated(step),
-                 "batch of data, noise and times": repeated(lambda: trainer.prepare_batch(trainer.step)),
-                 **{name: repeated(limit) for name, limit in limits.items()}}
+    works = {"bare network": step, "batch of data, noise and times": lambda: trainer.prepare_batch(trainer.step),
+             **limits}
     if world_size() > 1:
-        functions["no exchange"] = repeated(functools.partial(step, exchange=False))
-    times = time_alternately(functions, config)
+        works["no exchange"] = functools.partial(step, exchange=False)
+    functions = {name: repeated(work) for name, work in works.items()}
+    times = time_alternately({"trainer": functools.partial(train, trainer), **functions}, config)
     peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024)
     flops = flops_of(lambda: backward(trainer.net))  # its gradients are for the updates of the next line
@@ -202,9 +202,10 @@ def measure_sampling(trainer):
 
 def measure_start(trainer):
     """Seconds from `sh run.sh digits` to its first step; not a number if that does not come."""
-    begin, command = timer(), ["sh", "run.sh", "digits", "--log_every", "1", "--ckpt_dir"]
+    begin = timer()
     with (tempfile.TemporaryDirectory() as folder,
-          subprocess.Popen([*command, folder], cwd=HERE, env=os.environ | {"PYTHON": sys.executable},
+          subprocess.Popen(["sh", "run.sh", "digits", "--log_every", "1", "--ckpt_dir", folder], cwd=HERE,
+                           env=os.environ | {"PYTHON": sys.executable},
                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run):
         seconds = next((timer() - begin for line in run.stdout if line.startswith(b"step 1/")), math.nan)
         run.terminate()
@@ -230,7 +231,7 @@ def main(arguments, options_class=Options):
     """The benchmark. `options_class` is Options, or a subclass with other defaults."""
     os.environ.setdefault("WANDB_MODE", "offline")  # also for the runs that it starts
     options = read_config(arguments, options_class, f"{__doc__.splitlines()[0]} Usage: benchmark.py")
-    report = {"settings": dataclasses.asdict(options)}
+    report = {"settings": vars(options)}
 
     def save():
         on_rank0(lambda: write_atomically(options.out, json.dumps(report, indent=1)))

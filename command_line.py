@@ -17,9 +17,11 @@ import sys
 import time
 from typing import Annotated, get_type_hints
 
-from config import PRESETS, Config, out_of_range, problems
+from config import PRESETS, Config, marks, out_of_range, problems
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+    SIGNALS.append(signal.SIGHUP)
 STATUS = 75  # of a stopped run, which the same command resumes: EX_TEMPFAIL of sysexits.h, "try again later"
 RANK = int(os.environ.get("RANK", 0))
 LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun, if it started this process
@@ -82,8 +84,7 @@ def start(script, resumable=False):
     """
     Received.resumable = resumable
     for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
-            signal.signal(number, on_signal)
+        signal.signal(number, on_signal)
     try:
         script(sys.argv[1:])
     except Stopped as stop:
@@ -119,11 +120,12 @@ def optional_settings(cls, mark):
     """A dataclass of the settings of `cls` with this mark, with the same types and comments. None: as in the run."""
     from typing_extensions import Doc
 
-    comments, fields = dict(re.findall(r"^    (\w+): .*?  # (.*)\.$", inspect.getsource(cls), re.M)), []
-    for name, hint in get_type_hints(cls, include_extras=True).items():
-        if mark in getattr(hint, "__metadata__", ()):
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)\.$", inspect.getsource(cls), re.M))
+    types, fields = get_type_hints(cls), []
+    for name, found in marks(cls).items():
+        if mark in found:
             comment = Doc(f"{comments[name]}; None: the run's own.")
-            fields.append((name, Annotated[(hint.__origin__ | None, *hint.__metadata__, comment)], None))
+            fields.append((name, Annotated[(types[name] | None, *found, comment)], None))
     return dataclasses.make_dataclass(f"Optional{cls.__name__}", fields)
 
 

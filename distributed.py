@@ -60,34 +60,32 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def store():
-    """The key-value store that the ranks share."""
-    return dist.distributed_c10d._get_default_store()
-
-
 def on_rank0(work):
     """`work()` on rank 0 while the others wait; its result, something small, on all.
 
     Raises UserError on all if rank 0 met one, or could not read or write a file. Any other error is raised on rank 0,
     and as a UserError on the others.
     """
-    done, bug, answer = f"work of rank 0, {next(CALLS)}", None, [None, None]
+    result = failure = bug = None
     if rank() == 0:
         try:
-            answer[0] = work()
+            result = work()
         except (UserError, OSError) as error:
-            answer[1] = str(error)
+            failure = str(error)
         except Exception as error:
-            answer[1], bug = f"rank 0 failed ({type(error).__name__}: {first_line(error)})", error
-        if world_size() > 1:
-            store().set(done, "")
-    else:
-        store().wait([done], PATIENCE)  # the time-out of the group is for the exchange that follows
+            failure, bug = f"rank 0 failed ({type(error).__name__}: {first_line(error)})", error
     if world_size() > 1:
+        done, answer = f"work of rank 0, {next(CALLS)}", [result, failure]
+        store = dist.distributed_c10d._get_default_store()  # which the ranks share
+        if rank() == 0:
+            store.set(done, "")
+        else:
+            store.wait([done], PATIENCE)  # the time-out of the group is for the exchange that follows
         dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
-    if answer[1] is not None:
-        raise bug or UserError(answer[1])
-    return answer[0]
+        result, failure = answer
+    if failure is not None:
+        raise bug or UserError(failure)
+    return result
 
 
 def rank0_first(work):

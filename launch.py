@@ -10,11 +10,9 @@ import os
 import signal
 import sys
 
-from command_line import STATUS, fail
+from command_line import SIGNALS, STATUS, fail
 
-HANDLED = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1]  # SIGUSR1 would kill torchrun, not the ranks
-if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-    HANDLED.append(signal.SIGHUP)
+HANDLED = [*SIGNALS, signal.SIGQUIT]  # by default SIGUSR1 would kill torchrun, not the ranks
 os.environ |= {
     "PET_SIGNALS_TO_HANDLE": ",".join(number.name for number in HANDLED),
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or ranks that are started again may read addresses of dead ones

@@ -96,7 +96,7 @@ class Logger:
             draw_lines(axes, lines, xlabel="step")
             if title in ("loss", "grad_norm") and axes.dataLim.ymin > 0:
                 axes.set_yscale("log")
-        save_picture(drawn(figure), f"{self.folder}/curves.png")
+        write_atomically(f"{self.folder}/curves.png", figure.savefig)
 
 
 # ---- Progress
@@ -156,16 +156,16 @@ def start_wandb(folder, config, shown, new):
         if os.path.exists(path) and not new:
             with open(path) as file:
                 run_id = file.read().split()[0]
-        flushing = wandb.Settings(x_transaction_log_flush_interval=1.0)  # a kill may cost 1 s of history, not 15
         run = wandb.init(mode=mode, project=config.wandb_project, name=os.path.basename(folder), id=run_id,
-                         resume="allow", dir=folder, config=shown, settings=flushing)
+                         resume="allow", dir=folder, config=shown,
+                         # a kill may cost 1 s of history, not 15
+                         settings=wandb.Settings(x_transaction_log_flush_interval=1.0))
         write_atomically(path, run.id)
         offline = f"offline; upload with `wandb sync {os.path.dirname(run.dir)}`"
         print("wandb:", offline if run.offline else run.url, flush=True)
         return run
     except Exception as error:
         warn(f"wandb: the run continues without it ({first_line(error)}); metrics.jsonl has everything")
-        return None
 
 
 def log_to_wandb(run, values, **images):

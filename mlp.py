@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from utils import zero
+
 
 class MLP(nn.Module):
     """The MLP. `data_shape` is (D,), and `cond_shape` (C,). With `num_classes` 0 it ignores labels.
@@ -34,9 +36,7 @@ class MLP(nn.Module):
                           nn.Linear(hidden_dim, hidden_dim))
             for _ in range(num_layers)
         )
-        self.out = nn.Sequential(nn.LayerNorm(hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, data_shape[0]))
-        nn.init.zeros_(self.out[-1].weight)
-        nn.init.zeros_(self.out[-1].bias)
+        self.out = nn.Sequential(nn.LayerNorm(hidden_dim), nn.SiLU(), zero(nn.Linear(hidden_dim, data_shape[0])))
 
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         angles = t[:, None] * self.frequencies  # (B, 32)

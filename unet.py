@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import enlarged
+from utils import enlarged, zero
 
 
 def largest_divisor(n: int, most: int) -> int:
@@ -36,13 +36,6 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
-
-
-def zero(module: nn.Module) -> nn.Module:
-    """Sets all parameters of the module to zero, so that its branch adds nothing at the start; returns the module."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
 
 
 def time_features(t: Tensor, dim: int) -> Tensor:

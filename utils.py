@@ -75,8 +75,7 @@ def append_dims(v: torch.Tensor, ndim) -> torch.Tensor:
 
 def enlarged(images: torch.Tensor, size, mode="bilinear") -> torch.Tensor:
     """Images (B, C, h, w) at the size (H, W), by interpolation; those that have it, and vectors, as they are."""
-    same = images.shape[2:] == tuple(size)
-    return images if same else torch.nn.functional.interpolate(images, tuple(size), mode=mode)
+    return images if images.shape[2:] == size else torch.nn.functional.interpolate(images, size, mode=mode)
 
 
 def invert(function, y: torch.Tensor, low, high) -> torch.Tensor:
@@ -90,6 +89,13 @@ def invert(function, y: torch.Tensor, low, high) -> torch.Tensor:
         above = function(middle) > y
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     return (low + high) / 2
+
+
+def zero(module: torch.nn.Module) -> torch.nn.Module:
+    """Sets all parameters of the module to zero, so that its branch adds nothing at the start; returns the module."""
+    for parameter in module.parameters():
+        torch.nn.init.zeros_(parameter)
+    return module
 
 
 # ---- Randomness
@@ -123,14 +129,14 @@ class RowNoise:
     """
 
     def __init__(self, rows, shape, device, *keys):
-        self.shape, self.device = (NOISE_BLOCK, *shape), device
+        self.shape = (NOISE_BLOCK, *shape)
         first, before = divmod(rows.start, NOISE_BLOCK)  # block, and rows in it that come before the first of `rows`
         seeds = make_seeds(-(-rows.stop // NOISE_BLOCK), *keys)[first:]
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.own_rows = slice(before, before + len(rows))
 
     def __call__(self, like=None) -> torch.Tensor:
-        blocks = [torch.randn(self.shape, device=self.device, generator=generator) for generator in self.generators]
+        blocks = [torch.randn(self.shape, device=g.device, generator=g) for g in self.generators]
         return torch.cat(blocks)[self.own_rows]
 
 
@@ -189,7 +195,7 @@ def import_torchvision():
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+        for name in [m for m in sys.modules if m.startswith("torchvision")]:
             del sys.modules[name]
         torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
