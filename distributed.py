@@ -132,16 +132,17 @@ def set_up(wanted, tf32=True, timeout=10.0, cudnn_benchmark=True):
     try:
         with warnings.catch_warnings(record=True) as reasons:
             gpu = wanted != "cpu" and torch.cuda.is_available()
-        if not gpu and (wanted == "cuda" or wanted == "auto" and has_nvidia_gpus()):
-            why = reasons[0].message if reasons else "there is none, or CUDA_VISIBLE_DEVICES or the build hides it"
-            raise UserError(f"torch {torch.__version__} sees no GPU here ({why}): use --device cpu, or the build of "
-                            "torch for your driver, which docs/troubleshooting.md names")
-        device = torch.device("cpu")
         if gpu:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
             torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, cudnn_benchmark
+        elif wanted == "cuda" or wanted == "auto" and has_nvidia_gpus():
+            why = reasons[0].message if reasons else "there is none, or CUDA_VISIBLE_DEVICES or the build hides it"
+            raise UserError(f"torch {torch.__version__} sees no GPU here ({why}): use --device cpu, or the build of "
+                            "torch for your driver, which docs/troubleshooting.md names")
+        else:
+            device = torch.device("cpu")
         if world_size() > 1:
             backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))

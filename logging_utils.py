@@ -24,10 +24,6 @@ from utils import UserError, enlarged, first_line, import_torchvision, warn, wri
 # ---- Metrics
 
 
-def as_text(lines):
-    return "".join(json.dumps(line) + "\n" for line in lines)
-
-
 class Logger:
     """Logs on the rank that has it (rank 0). `step` is the number of steps already taken.
 
@@ -57,7 +53,7 @@ class Logger:
         self.bar.write(f"step {step}/{self.bar.total}  {shown}")
         sys.stdout.flush()
         with open(self.metrics, "a") as file:
-            file.write(as_text(self.lines[-1:]))
+            print(json.dumps(self.lines[-1]), file=file)
 
     def evaluated(self, step):
         """Whether there is a line of an evaluation at this step."""
@@ -68,7 +64,7 @@ class Logger:
 
         Raises UserError if it still has none.
         """
-        write_atomically(self.metrics, as_text(self.lines))
+        write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def picture(self, step, name, image, path):
         """Saves a PIL image at `path`, and logs it to wandb as samples/<name>."""
@@ -203,7 +199,7 @@ def close_wandb(run, failure=None):
     limit.cancel()
     if failure:
         warn(f"wandb: it failed ({failure}); metrics.jsonl has everything, and `wandb sync --include-online "
-               f"{os.path.dirname(run.dir)}` uploads what wandb has")
+             f"{os.path.dirname(run.dir)}` uploads what wandb has")
 
 
 # ---- Pictures
@@ -257,8 +253,8 @@ def scatter_plot(samples, data=None):
     """Samples (N, D), beside data (M, D) if given, first and last coordinate -> a PIL image."""
     panels = {"samples": samples} if data is None else {"samples": samples, "data": data}
     figure = new_figure(5 * len(panels), 5)
-    points = samples if data is None else data
-    points = np.nan_to_num(np.asarray(points)[:, [0, -1]], posinf=0.0, neginf=0.0)
+    points = np.asarray(samples if data is None else data)[:, [0, -1]]
+    points = np.nan_to_num(points, posinf=0.0, neginf=0.0)
     low, high = np.quantile(points, [0.001, 0.999], axis=0)  # a stray point sets no scale
     (x, y), reach = (low + high) / 2, 0.6 * (high - low).max() or 1.0
     for i, (title, points) in enumerate(panels.items(), 1):
