@@ -128,7 +128,7 @@ class Attention(nn.Module):
 
 
 class Layers(nn.ModuleList):
-    """Layers that are called one after the other, those that take it with the conditioning vector."""
+    """Layers that are called one after the other; residual blocks get the conditioning vector too."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
