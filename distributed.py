@@ -52,7 +52,7 @@ def share(n):
     return range(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
-def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+def gather_rows(rows):
     """The rows of all ranks in order, on every rank's CPU. Ranks may have different numbers. All must call it."""
     parts = [rows.cpu()] * world_size()
     if world_size() > 1:

@@ -10,7 +10,7 @@ To use another network, write a class with the same call, and give it a row in N
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from utils import zero
 
@@ -38,7 +38,7 @@ class MLP(nn.Module):
         )
         self.out = nn.Sequential(nn.LayerNorm(hidden_dim), nn.SiLU(), zero(nn.Linear(hidden_dim, data_shape[0])))
 
-    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+    def forward(self, xt, t, label=None, cond=None):
         angles = t[:, None] * self.frequencies  # (B, 32)
         if missing := self.data.in_features - xt.shape[1]:
             xt = torch.cat([xt, xt.new_zeros(len(xt), missing) if cond is None else cond], dim=1)

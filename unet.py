@@ -15,7 +15,7 @@ from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from utils import enlarged, zero
 
@@ -34,11 +34,11 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels: int):
         super().__init__(largest_divisor(channels, min(32, channels // 4)), channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
 
 
-def time_features(t: Tensor, dim: int) -> Tensor:
+def time_features(t, dim: int):
     """(B,) -> (B, dim): cosines and sines of 1000 t at geometric frequencies, from 1 down to nearly 1e-4.
 
     (Vaswani et al. 2017, section 3.5.)
@@ -58,7 +58,7 @@ class Conditioning(nn.Module):
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None  # the last row: no label
         self.attributes = nn.Linear(attributes, dim, bias=False) if attributes else None
 
-    def forward(self, t: Tensor, label: Tensor | None, attributes: Tensor | None) -> Tensor:
+    def forward(self, t, label, attributes):
         emb = self.mlp(time_features(t, self.features))
         if self.label is not None:
             emb = emb + (self.label.weight[-1] if label is None else self.label(label))
@@ -73,7 +73,7 @@ class Dropout(nn.Dropout):
     One 64-bit number decides about four elements, by 16 bits each. This rounds p to a multiple of 2^-16, on a CPU.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         if x.device.type != "cpu" or self.p == 0 or not self.training or torch.compiler.is_compiling():
             return super().forward(x)
         bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
@@ -93,7 +93,7 @@ class ResBlock(nn.Module):
         self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
         self.skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         B, C, H, W = x.shape
         # a view, if x is in channels_last
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, C // self.heads)
@@ -122,7 +122,7 @@ class Attention(nn.Module):
 class Layers(nn.ModuleList):
     """Layers that are called one after the other; residual blocks get the conditioning vector too."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x, emb):
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
@@ -192,7 +192,7 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(channels)
         self.out = zero(nn.Conv2d(channels, C, 3, padding=1))
 
-    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+    def forward(self, xt, t, label=None, cond=None):
         emb = self.conditioning(t, label, cond)  # (B, emb_dim)
         if self.cond_channels:
             given = xt.new_zeros(len(xt), self.cond_channels, 1, 1) if cond is None else cond

@@ -68,17 +68,17 @@ def look_up(table, name):
 # ---- Shapes and functions
 
 
-def append_dims(v: torch.Tensor, ndim) -> torch.Tensor:
+def append_dims(v, ndim):
     """(B,) -> (B, 1, ..., 1) with `ndim` dimensions, to multiply a batch (B, ...). A scalar stays a scalar."""
     return v.reshape(v.shape + (1,) * (ndim - v.ndim))
 
 
-def enlarged(images: torch.Tensor, size, mode="bilinear") -> torch.Tensor:
+def enlarged(images, size, mode="bilinear"):
     """Images (B, C, h, w) at the size (H, W), by interpolation; those that have it, and vectors, as they are."""
     return images if images.shape[2:] == size else torch.nn.functional.interpolate(images, size, mode=mode)
 
 
-def invert(function, y: torch.Tensor, low, high) -> torch.Tensor:
+def invert(function, y, low, high):
     """The x in [low, high] with function(x) = y, for a decreasing function. Of y's shape and type.
 
     By 50 bisections, without waiting for a GPU.
@@ -135,7 +135,7 @@ class RowNoise:
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.own_rows = slice(before, before + len(rows))
 
-    def __call__(self, like=None) -> torch.Tensor:
+    def __call__(self, like=None):
         blocks = [torch.randn(self.shape, device=g.device, generator=g) for g in self.generators]
         return torch.cat(blocks)[self.own_rows]
 
