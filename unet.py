@@ -100,6 +100,14 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, all (B, heads, N, d)."""
+    # here torch's own kernel takes three times as long
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 1024:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Self-attention over the pixels, in heads of 64 channels or the next larger divisor; one head may be smaller."""
 
@@ -115,7 +123,7 @@ class Attention(nn.Module):
         # a view, if x is in channels_last
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, C // self.heads)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, heads, H * W, C / heads)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
+        h = attend(q, k, v).transpose(1, 2).reshape(B, H, W, C)
         return x + self.out(h.permute(0, 3, 1, 2))
 
 
