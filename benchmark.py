@@ -8,7 +8,7 @@
 It prints a table and writes it as JSON. What is compared runs alternately, and each ratio is the median of the ratios
 of the rounds. So a machine whose speed changes slows both. Nothing is downloaded: CIFAR-10 is grey images. To add a
 part, write a function like those of PARTS and give it a row there. tests/benchmark_peers.py times another library's
-training step beside the trainer.
+training step beside the trainer, and tests/benchmark_fields.py training from a file.
 """
 
 import contextlib
@@ -81,14 +81,13 @@ def flops_of(work):
 # ---- The trainer, and the least that a step could cost
 
 
-def make_trainer(options, device, folder):
-    """A trainer that trains without end, and neither saves nor samples."""
+def make_trainer(options, device, folder, dataset=None):
+    """A trainer that trains without end, and neither saves nor samples. The data are those of the options, or these."""
     config = dataclasses.replace(options, ckpt_dir=folder, run_name="benchmark", num_training_steps=10**9,
                                  sample_every=0, save_every=0, milestone_every=0, evaluate_every=0)
     if options.dataset == "cifar10":  # which would be downloaded
-        dataset = make_dataset(np.full((50_000, 3, 32, 32), 127, np.uint8), np.arange(50_000) % 10)
-    else:
-        dataset = load_dataset(options.dataset, **vars(options))
+        dataset = dataset or make_dataset(np.full((50_000, 3, 32, 32), 127, np.uint8), np.arange(50_000) % 10)
+    dataset = dataset or load_dataset(options.dataset, **vars(options))
     trainer = TRAINERS[options.trainer](config, dataset, device)
     trainer.open_run()
     if trainer.logger:

@@ -100,7 +100,7 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v, all (B, heads, N, d)."""
     # here torch's own kernel takes three times as long
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 1024:

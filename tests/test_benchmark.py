@@ -12,6 +12,7 @@ import benchmark_peers
 import numpy as np
 import pytest
 import torch
+from benchmark_fields import FieldOptions
 from benchmark_peers import PeerOptions, measure_peers
 from conftest import ROOT, assert_one_line_error, launch, run, tiny
 from torch._dynamo.utils import counters
@@ -238,6 +239,18 @@ def test_the_script_of_peers_reports_its_part(tmp_path, monkeypatch, capsys):
     report = json.load(open(tmp_path / "b.json"))
     assert report["settings"]["parts"] == ["peers"] and report["peers"] == {}
     assert "\npeers\n  only for images" in capsys.readouterr().out
+
+
+def test_training_from_a_file_is_measured_beside_memory(tmp_path, capsys):
+    options = [*TINY, "--gigabytes", "0.01", "--out", str(tmp_path / "b.json")]
+    benchmark.main(options, FieldOptions)
+    rows = json.load(open(tmp_path / "b.json"))["fields"]
+    epoch, training = rows["an epoch of batches from the file"], rows["training from the file"]
+    assert epoch["MiB_of_file"] == pytest.approx(0.01 * 1e9 / 2**20, rel=1e-3) and abs(epoch["MiB_more_memory"]) < 100
+    assert training["items_per_s"] > 0 and training["of_memory"] > 0
+    assert capsys.readouterr().out.count("items of shape (4, 8, 8)") == 2
+    assert benchmark.main(["moons", *options[1:], "--network", "mlp"], FieldOptions) is None
+    assert "only beside images or fields" in capsys.readouterr().out
 
 
 def test_nothing_is_downloaded(tmp_path, monkeypatch):
