@@ -25,7 +25,7 @@ import re
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import data_utils
 from command_line import signal_name, stop_requested
@@ -41,6 +41,11 @@ POINTS = 5000  # most points of each side in the metrics of vectors
 CHUNK = 1000  # items of the data that are read at once for neighbours and clusters
 CLUSTERS = 10  # of images without labels
 CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_RATE = 400, 256, 1e-2  # some 70 s on two cores for images of 32 x 32
+
+
+def root_mean_square(x):
+    """Of all numbers of a tensor, as a float."""
+    return x.square().mean().sqrt().item()
 
 
 # ---- Points
@@ -61,7 +66,7 @@ def sliced_wasserstein(x, y, projections=200):
     """
     directions = torch.randn(x.shape[1], projections, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
     x, y = ((z @ nn.functional.normalize(directions, dim=0)).sort(dim=0).values for z in (x, y))
-    return (x - y).square().mean().sqrt().item()
+    return root_mean_square(x - y)
 
 
 def classifier_two_sample(x, y):
@@ -72,9 +77,8 @@ def classifier_two_sample(x, y):
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import cross_val_score
 
-    points, side = torch.cat([x, y]).numpy(), np.repeat([0, 1], [len(x), len(y)])
-    trees = HistGradientBoostingClassifier(max_iter=50, random_state=0)
-    return float(cross_val_score(trees, points, side, cv=5).mean())
+    trees, side = HistGradientBoostingClassifier(max_iter=50, random_state=0), np.repeat([0, 1], len(x))
+    return float(cross_val_score(trees, torch.cat([x, y]).numpy(), side, cv=5).mean())
 
 
 def compare_points(samples, reference: Dataset):
@@ -86,19 +90,20 @@ def compare_points(samples, reference: Dataset):
     n, spec = min(len(samples), len(reference.data), POINTS), reference.spec
     rows = np.random.default_rng(0).permutation(len(reference.data))[:n]
     x, y = (spec.encode(part).double() for part in (samples[:n], torch.from_numpy(reference.data[rows])))
-    if bad := (~x.flatten(1).isfinite().all(1)).sum().item():
-        raise UserError(f"{bad} of {n} samples are not finite, and have no distance")
     found = {"spectral_distance": spectral_distance(x, y)} if spec.is_field else {}
     x, y = x.flatten(1), y.flatten(1)
+    if bad := (~x.isfinite().all(1)).sum().item():
+        raise UserError(f"{bad} of {n} samples are not finite, and have no distance")
     found |= {"sliced_wasserstein": sliced_wasserstein(x, y), "energy_distance": energy_distance(x, y)}
-    found |= {} if spec.is_field else {"c2st": classifier_two_sample(x, y)}
+    if not spec.is_field:
+        found["c2st"] = classifier_two_sample(x, y)
     return found
 
 
 # ---- Features
 
 
-def compare_features(x, reference: dict[str, Tensor]):
+def compare_features(x, reference):
     """The metrics of features x (N, D) of samples against a reference, which is a result of `statistics_of`.
 
     - fd: |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of the means and covariances of features, the squared
@@ -112,7 +117,7 @@ def compare_features(x, reference: dict[str, Tensor]):
     import_torchvision()  # before torch_fidelity does
     from torch_fidelity import metric_fid, metric_kid, metric_prc
 
-    y, gaussian = reference["features"], {name: reference[name].numpy() for name in ("mu", "sigma")}
+    y, gaussian = reference["features"], {name: value.numpy() for name, value in reference.items()}
     fid = metric_fid.fid_statistics_to_metric(metric_fid.fid_features_to_statistics(x.double()), gaussian, False)
     kid = metric_kid.kid_features_to_metric(x, y, kid_subset_size=min(1000, len(x), len(y)), verbose=False)
     prc = metric_prc.prc_features_to_metric(x[:SUBSET], y, save_cpu_ram=True, prc_batch_size=1000, verbose=False)
@@ -134,21 +139,22 @@ def features_of(extractor, images, device):
     return gather_rows(torch.cat(all_or_none(lambda: list(in_batches(extract, rows, 100)) or [extract(rows)])))
 
 
-def statistics_of(extractor, images, device) -> dict[str, Tensor]:
-    """Mean `mu` (D,) and covariance `sigma` (D, D) of the features of images, float64, and `features` of SUBSET or all.
+def statistics_of(extractor, images, device):
+    """A dictionary of tensors: mean `mu` (D,) and covariance `sigma` (D, D) of the features of images, float64, and
+    the `features` (n, D) of SUBSET of them or all, float32.
 
     The images are read once, SUBSET at a time: memory does not grow with their number. All ranks must call it.
     """
-    chosen = np.random.default_rng(0).permutation(len(images)) < SUBSET
-    total, products, kept = 0.0, 0.0, []
-    for start in range(0, len(images), SUBSET):
+    n, total, products, kept = len(images), 0.0, 0.0, []
+    chosen = np.random.default_rng(0).permutation(n) < SUBSET
+    for start in range(0, n, SUBSET):
         rows = slice(start, start + SUBSET)
         features = features_of(extractor, images[rows], device)
         kept.append(features[chosen[rows]])
         features = features.double()
         total, products = total + features.sum(0), products + features.T @ features
-    mean = total / len(images)
-    sigma = (products - len(images) * mean[:, None] * mean) / (len(images) - 1)
+    mean = total / n
+    sigma = (products - n * mean[:, None] * mean) / (n - 1)
     return {"mu": mean, "sigma": sigma, "features": torch.cat(kept)}
 
 
@@ -160,15 +166,15 @@ def spectrum(fields):
 
     K is half the shorter side. Wavenumbers count waves in the whole field, each mean over modes within 1/2 of them.
     """
-    H, W = fields.shape[2:]
-    power = torch.fft.fft2(fields[:, 0].double()).abs().square().mean(0) / (H * W) ** 2
-    radius = torch.hypot(*torch.meshgrid(*(torch.fft.fftfreq(n, 1 / n).double() for n in (H, W)), indexing="ij"))
-    return torch.stack([power[(radius - k).abs() <= 0.5].mean() for k in range(1, min(H, W) // 2 + 1)])
+    power = torch.fft.fft2(fields[:, 0].double(), norm="forward").abs().square().mean(0)  # (H, W)
+    y, x = (torch.fft.fftfreq(n, 1 / n) for n in power.shape)
+    radius = torch.hypot(y[:, None], x)  # never halfway between two wavenumbers
+    return torch.stack([power[radius.round() == k].mean() for k in range(1, min(power.shape) // 2 + 1)])
 
 
 def spectral_distance(samples, truth):
     """Root mean square difference of the logarithms of two spectra, of fields (N, C, H, W) and (M, C, H, W), in dB."""
-    return 10 * (spectrum(samples) / spectrum(truth)).log10().square().mean().sqrt().item()
+    return 10 * root_mean_square((spectrum(samples) / spectrum(truth)).log10())
 
 
 def compare_ensembles(samples, truth, spec):
@@ -182,21 +188,17 @@ def compare_ensembles(samples, truth, spec):
     - outside: share of the truth that lies below or above all K samples; 2 / (K + 1) if they are exchangeable.
     - psnr, of images: of single samples, in decibels. spectral_distance, of fields: to the truth.
     """
-    y = spec.encode(truth).double()
-    x = spec.encode(samples).double().unflatten(0, (len(truth), -1))  # (n, K, ...)
-    K, ranked = x.shape[1], x.sort(dim=1).values
+    y = spec.encode(truth).double().flatten(1)  # (n, D)
+    x = spec.encode(samples).double().reshape(len(y), -1, y.shape[1])  # (n, K, D)
+    K, error = x.shape[1], x - y[:, None]
     # sum over all pairs of |x_i - x_j| = 2 sum_i (2 i - K - 1) x_(i)
-    weights = (2 * torch.arange(1, K + 1) - K - 1).double().view(-1, *[1] * (y.ndim - 1))
-    pairs = (weights * ranked).sum(1) * 2 / max(K * (K - 1), 1)
-    found = {"rmse": (x.mean(1) - y).square().mean().sqrt().item(),
-             "crps": ((x - y[:, None]).abs().mean(1) - pairs / 2).mean().item()}
+    pairs = 2 * (torch.arange(1 - K, K, 2).double() @ x.sort(dim=1).values).mean() / max(K * (K - 1), 1)
+    found = {"rmse": root_mean_square(x.mean(1) - y), "crps": (error.abs().mean() - pairs / 2).item()}
     if K > 1:
-        spread = (x.var(1).mean() * (K + 1) / K).sqrt().item()
-        found["spread_over_error"] = spread / found["rmse"]
-        found["outside"] = ((y < ranked[:, 0]) | (y > ranked[:, -1])).double().mean().item()
+        found["spread_over_error"] = (x.var(1).mean() * (K + 1) / K).sqrt().item() / found["rmse"]
+        found["outside"] = (error.sign().sum(1).abs() == K).double().mean().item()  # all errors of one sign
     if spec.is_image:
-        error = (x - y[:, None]).square().mean().clamp(min=1e-12)
-        found["psnr"] = 10 * math.log10((255 / spec.std[0]) ** 2 / error)
+        found["psnr"] = 20 * math.log10(255 / spec.std[0] / max(root_mean_square(error), 1e-6))
     if spec.is_field:
         found["spectral_distance"] = spectral_distance(samples, truth)
     return found
@@ -214,13 +216,14 @@ def content(data):
     return hashed.hexdigest()
 
 
-def cached(kind, arrays: list[np.ndarray], recipe, make) -> dict[str, Tensor]:
-    """The tensors of `make` for this recipe and these arrays, made once by all ranks, and kept in data/cache by rank 0.
+def cached(kind, arrays, recipe, make):
+    """The dictionary of tensors that `make()` returns for this recipe (a text) and these arrays (a list).
 
-    Raises UserError if the file is damaged. All ranks must call it.
+    It is made once, by all ranks, and kept in data/cache by rank 0. Raises UserError if the file is damaged. All ranks
+    must call it.
     """
     key = on_rank0(lambda: digest([*map(content, arrays), recipe])[:16])
-    path = os.path.join(data_utils.CACHE, f"{kind}-{key}.pt")
+    path = f"{data_utils.CACHE}/{kind}-{key}.pt"
     if not on_rank0(lambda: os.path.exists(path)):
         tensors = make()
         on_rank0(lambda: write_tensors(path, tensors))
@@ -229,8 +232,8 @@ def cached(kind, arrays: list[np.ndarray], recipe, make) -> dict[str, Tensor]:
         try:
             return torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # a damaged file fails in many ways
-            why = type(error).__name__
-            raise UserError(f"{path} cannot be read ({why}): remove it, and it is made again") from error
+            raise UserError(f"{path} cannot be read ({type(error).__name__}): remove it, and it is made "
+                            "again") from error
 
     return on_rank0(read)
 
@@ -265,8 +268,8 @@ def train_classifier(net: Classifier, train: Dataset, device):
         from sklearn.cluster import MiniBatchKMeans
 
         step = max(1, train.data.shape[2] // 8)
-        parts = (train.data[k : k + CHUNK][:, :, ::step, ::step] for k in range(0, len(train.data), CHUNK))
-        pixels = np.concatenate(list(parts)).reshape(len(train.data), -1)  # of some 8 x 8 places
+        parts = [train.data[k : k + CHUNK][:, :, ::step, ::step] for k in range(0, len(train.data), CHUNK)]
+        pixels = np.concatenate(parts).reshape(len(train.data), -1)  # of some 8 x 8 places
         labels = MiniBatchKMeans(CLUSTERS, random_state=0).fit_predict(pixels)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, CLASSIFIER_RATE, CLASSIFIER_STEPS)
@@ -292,10 +295,10 @@ def make_classifier(train: Dataset, device) -> Classifier:
         net = Classifier(train.spec.shape, train.spec.num_classes or CLUSTERS).to(device)
 
     def trained():
-        on_rank0(lambda: train_classifier(net.train(), train, device))
+        on_rank0(lambda: train_classifier(net, train, device))
         return net.state_dict()
 
-    arrays = [train.data] if train.labels is None else [train.data, train.labels]
+    arrays = [array for array in (train.data, train.labels) if array is not None]
     recipe = f"{CLASSIFIER_STEPS} {CLASSIFIER_BATCH} {CLASSIFIER_RATE} {net}"
     net.load_state_dict(cached("classifier", arrays, recipe, trained))
     net.sha256 = digest(net.state_dict())
@@ -320,7 +323,7 @@ class Inception(nn.Module):
 
         super().__init__()
         url = library.URL_INCEPTION_V3
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        path = f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(url)}"
 
         def load(first):
             try:
@@ -344,8 +347,9 @@ EXTRACTORS = {"classifier": make_classifier, "inception": Inception}
 # ---- Neighbours
 
 
-def nearest(images, data, k, device) -> tuple[Tensor, Tensor]:
-    """The k items of data (M, ...) nearest to each of images (N, ...), both uint8: distances and indices (N, k).
+def nearest(images, data, k, device):
+    """The k items of data (M, ...) nearest to each of images (N, ...), both uint8: distances and indices, two tensors
+    (N, k) on the CPU.
 
     Distances are of pixel values. The data are read in parts. Memory: 4 bytes for each pair of image and item.
     """
@@ -367,7 +371,9 @@ def metric_name(prefix, name, suffix):
     of 50,000 samples, by Inception, against the training split.
     """
     name = re.sub("000$", "k", name) + suffix
-    return prefix + (name if prefix else {"fd50k": "fid"}.get(name, re.sub("^fd", "fid", name)))
+    if prefix:
+        return prefix + name
+    return "fid" if name == "fd50k" else re.sub("^fd", "fid", name)
 
 
 class Evaluator:
@@ -382,11 +388,9 @@ class Evaluator:
         self.spec = train.spec
         self.extractor = self.classifier = None
         if train.spec.is_image:
-            self.extractor = EXTRACTORS[extractor](train, device)
-            if extractor == "classifier":
-                self.classifier = self.extractor
-            elif train.labels is not None:
-                self.classifier = make_classifier(train, device)
+            self.extractor = self.classifier = EXTRACTORS[extractor](train, device)
+            if extractor != "classifier":
+                self.classifier = None if train.labels is None else make_classifier(train, device)
             self.reference = cached("reference", [reference.data], self.extractor.sha256,
                                     lambda: statistics_of(self.extractor, reference.data, device))
 
