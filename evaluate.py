@@ -29,7 +29,7 @@ from build import read_data
 from command_line import fail, parse, start
 from conditions import CORRUPTIONS
 from config import HERE, NotNegative, Positive, Within
-from data_utils import Cases, Dataset
+from data_utils import Cases, Dataset, cases
 from distributed import all_or_none, gather_rows, on_rank0, print0, set_up, share, world_size
 from likelihood import bits_per_dim, log_likelihoods
 from logging_utils import (
@@ -42,13 +42,13 @@ from logging_utils import (
     save_picture,
     start_wandb,
 )
-from metrics import EXTRACTORS, LEAST, Evaluator, content, nearest, spectrum
+from metrics import EXTRACTORS, LEAST, Evaluator, content, nearest, root_mean_square, spectrum
 from processes import first_channels
 from sample import Drawing, Loaded
 from sampling import SAMPLERS
 from saving import digest
 from trainer import TRAINERS
-from utils import UserError, call_with_settings, look_up, parameters_of, write_atomically
+from utils import UserError, look_up, parameters_of, write_atomically
 
 BINS = 20  # of t, in the curve of the loss
 SHOWN, NEIGHBOURS = 20, 3  # samples in the picture of neighbours, and neighbours beside each
@@ -75,7 +75,8 @@ class Options(Drawing):
 class Evaluation(Loaded):
     """A checkpoint, its data by split, the evaluator, and what the parts write: the card, and PIL pictures by name.
 
-    `samples` are those of the last seed, once they are drawn. Raises UserError if something of it cannot be had.
+    Samples are drawn for `given`, labels or conditions of the split `source`. `samples` are those of the last seed,
+    once they are drawn. Raises UserError if something of it cannot be had.
     """
 
     def __init__(self, options: Options, device):
@@ -90,7 +91,8 @@ class Evaluation(Loaded):
                 raise
             print0(f"what needs a test split is left out: {error}")
         train, reference = self.data["train"], self.data[options.reference]
-        self.given = self.cases(self.data.get("test", train) if spec.cond_shape else train, options.num)
+        self.source = self.data.get("test", train) if spec.cond_shape else train
+        self.given = cases(self.source, options.num, config.samples_per_cond, config.class_conditional)
         options.num, times = self.given.num, self.given.times
         if options.num < LEAST * times:
             raise UserError(f"{options.num} samples are those of {options.num // times} conditions: expected {LEAST} "
@@ -100,8 +102,8 @@ class Evaluation(Loaded):
             options.extractor = options.extractor or ("inception" if colour else "classifier")
         elif options.extractor:
             raise UserError(f"extractor {options.extractor} is for images: leave it out")
-        suffix = "" if options.reference == "train" else "_test"
-        self.evaluator = Evaluator(train, reference, device, options.extractor, suffix)
+        self.evaluator = Evaluator(train, reference, device, options.extractor,
+                                   suffix="" if options.reference == "train" else "_test")
         self.card = {
             "step": self.state["step"], "options": vars(options), "config": vars(config),
             "protocol": {  # what must be the same before two figures are compared
@@ -117,13 +119,9 @@ class Evaluation(Loaded):
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         }
         what = f"{config.run_name}_{self.card['step']:07d}_{options.weights}_{config.sampler}"
-        name = f"evaluation/{what}_{digest(vars(options))[:6]}"
-        self.folder = options.out or os.path.join(os.path.dirname(options.ckpt), name)
+        beside = os.path.dirname(options.ckpt) or "."
+        self.folder = options.out or f"{beside}/evaluation/{what}_{digest(vars(options))[:6]}"
         self.pictures = {}
-
-    def evaluate(self, samples, given: Cases):
-        """The metrics of samples that were drawn for these labels and conditions."""
-        return self.evaluator(samples, given.labels, given.truth)
 
     def random_items(self, dataset: Dataset, n) -> Cases:
         """n random items, or all if there are fewer, always the same, with their labels and conditions."""
@@ -141,8 +139,8 @@ class Evaluation(Loaded):
 
 def git_commit():
     """The commit of this code, with -dirty if files differ from it; unknown where there is no git."""
-    command = f"git -C {shlex.quote(HERE)} describe --always --dirty --abbrev=40 --exclude '*'"
-    failed, commit = subprocess.getstatusoutput(command)
+    failed, commit = subprocess.getstatusoutput(
+        f"git -C {shlex.quote(HERE)} describe --always --dirty --abbrev=40 --exclude '*'")
     return "unknown" if failed else commit
 
 
@@ -167,18 +165,18 @@ def distances(e: Evaluation):
     sets, options = [], e.options
     for seed in range(options.seed, options.seed + options.seeds):
         e.samples, e.card["nfe"] = e.draw(e.given, seed=seed)
-        sets.append(e.evaluate(e.samples, e.given))
+        sets.append(e.evaluator(e.samples, e.given.labels, e.given.truth))
     shown = e.samples[: 100 if len(e.spec.shape) == 3 else 2000]
     e.pictures["samples"] = picture_of(shown, data=e.data["train"].data, cases=e.given, spec=e.spec)
     e.card["real"] = real = real_data(e)
     print0(title(e.card))
     for name in sets[0]:
         values = [found[name] for found in sets]
-        row = {"mean": statistics.fmean(values), "min": min(values), "max": max(values),
-               "std": statistics.stdev(values) if len(values) > 1 else None, "values": values}
+        e.card["metrics"][name] = row = {
+            "mean": statistics.fmean(values), "min": min(values), "max": max(values),
+            "std": statistics.stdev(values) if len(values) > 1 else None, "values": values}
         if real["items"] == options.num:
             row["real"] = real["metrics"].get(name)
-        e.card["metrics"][name] = row
         print0(f"{name:27} {in_words(row)}")
     print0(f"real data   {in_words(real['metrics'])}, of {real['items']:,} items of {real['what']}")
 
@@ -212,9 +210,8 @@ def forecasts(e: Evaluation):
     given, spec, config = e.given, e.spec, e.config
     if given.cond is None:
         return
-    found, labels = {}, None if given.labels is None else given.labels[:: given.times]
-    one = Cases(len(given.truth), labels, given.cond[:: given.times], given.truth)
-    if given.cond.ndim == len(spec.shape) + 1 and spec.cond_shape[0] >= spec.shape[0]:
+    found, one = {}, cases(e.source, len(given.truth), 1, config.class_conditional)  # one sample of each condition
+    if len(spec.cond_shape) == len(spec.shape) and spec.cond_shape[0] >= spec.shape[0]:
         found["persistence" if config.lag else "condition"] = spec.decode(first_channels(one.cond, spec.shape))
     if e.options.regression:
         run = Loaded(replace(e.options, ckpt=e.options.regression, guide=None), e.device)
@@ -222,18 +219,19 @@ def forecasts(e: Evaluation):
             raise UserError(f"{e.options.regression} is no regression for these data: train one with the settings of "
                             "this run and --trainer regression")
         found["regression"] = run.draw(one)[0]
-    e.card["forecasts"] = {name: e.evaluate(samples, one) for name, samples in found.items()}
+    e.card["forecasts"] = {name: e.evaluator(samples, one.labels, one.truth) for name, samples in found.items()}
     found = {"samples": e.samples, **found}
-    corruption = CORRUPTIONS.get(config.corruption)
-    if corruption and "uniform" not in parameters_of(corruption):
+    if config.corruption and "uniform" not in parameters_of(CORRUPTIONS[config.corruption]):
         for name, samples in found.items():
             cond = given.cond[:: given.num // len(samples), :-1]
-            error = call_with_settings(corruption, vars(config), x0=spec.encode(samples)) - cond
-            e.card["forecasts"].setdefault(name, {})["consistency"] = error.square().mean().sqrt().item()
+            error = e.source.corruption(spec.encode(samples), uniform=None) - cond
+            e.card["forecasts"].setdefault(name, {})["consistency"] = root_mean_square(error)
     if spec.is_field:
-        powers = {name: spectrum(x).numpy() for name, x in {"truth": given.truth, **found}.items()}
-        e.pictures["spectrum"] = log_plot({name: (range(1, len(power) + 1), power) for name, power in powers.items()},
-                                          xlabel="wavenumber", ylabel="power", xscale="log")
+        lines = {}
+        for name, samples in {"truth": given.truth, **found}.items():
+            power = spectrum(samples).numpy()
+            lines[name] = range(1, len(power) + 1), power
+        e.pictures["spectrum"] = log_plot(lines, xlabel="wavenumber", ylabel="power", xscale="log")
     for name, values in e.card["forecasts"].items():
         print0(f"{name:11} {in_words(values)}")
 
@@ -248,21 +246,21 @@ def likelihood(e: Evaluation):
         return
     items = e.random_items(test, e.options.likelihood_num)
     dims, rows, parts = math.prod(spec.shape), share(items.num), [torch.empty(0)]
-    probe, bin_width = "exact" if dims <= 16 else "rademacher", 1 / spec.std[0] if spec.is_image else 0.0
+    bin_width = 1 / spec.std[0] if spec.is_image else 0.0
     settings = vars(e.config) | dict(
-        net=e.net, process=e.process, data=spec.encode(items.truth), rows=rows, device=e.device, probe=probe,
-        labels=items.labels if e.config.class_conditional else None, cond=items.cond, bin_width=bin_width,
-        guidance_scale=1.0)
+        process=e.process, rows=rows, device=e.device, bin_width=bin_width, guidance_scale=1.0,
+        labels=items.labels if e.config.class_conditional else None, cond=items.cond,
+        probe="exact" if dims <= 16 else "rademacher")
     with Progress("likelihood", len(rows), "item") as progress:
-        for log_p in log_likelihoods(**settings):
+        for log_p in log_likelihoods(e.net, data=spec.encode(items.truth), **settings):
             parts.append(log_p.cpu())
             progress.update(len(log_p))
     log_p = gather_rows(torch.cat(parts)).double()
     name, values = "nats", np.log(spec.std).mean() * dims - log_p
     if spec.is_image:
         name, values = "bits_per_dim", bits_per_dim(log_p, dims, bin_width)
-    found = {name: values.mean().item(), "standard_error": values.std().item() / math.sqrt(len(values))}
-    e.card["likelihood"] = {"items": len(values), **found}
+    e.card["likelihood"] = found = {"items": len(values), name: values.mean().item(),
+                                    "standard_error": values.std().item() / len(values) ** 0.5}
     print0(f"likelihood  {in_words(found)}, of {len(values):,} test items")
 
 
@@ -282,9 +280,8 @@ def neighbours(e: Evaluation):
     distances, items = nearest(samples.numpy(), train, NEIGHBOURS, e.device)
     ratio = distances[:, 0] / distances[:, 1].clamp(min=1e-12)
     order = ratio.argsort()[:SHOWN]
-    nearest_items = torch.from_numpy(train[items[order].flatten().numpy()]).unflatten(0, (len(order), NEIGHBOURS))
-    rows = torch.cat([samples[order][:, None], nearest_items], dim=1)
-    e.pictures["neighbours"] = image_grid(rows.flatten(0, 1), 2 * (NEIGHBOURS + 1))
+    columns = [samples[order], *(torch.from_numpy(train[column.numpy()]) for column in items[order].T)]
+    e.pictures["neighbours"] = image_grid(torch.stack(columns, dim=1).flatten(0, 1), 2 * len(columns))
     copies = (ratio < 1 / 3).double().mean().item()
     e.card["neighbours"] = {"items": len(samples), "near_copies": copies}
     print0(f"neighbours  {100 * copies:.2f}% of {len(samples):,} samples are near-copies of training images")
@@ -299,14 +296,13 @@ def loss_by_t(e: Evaluation):
 
     if not e.options.loss_num:
         return
-    lines, means, e.card["loss"] = {}, {}, {}
+    lines, e.card["loss"] = {}, {}
     for split, data in e.data.items():
-        found = losses(e, data)
-        binned = binned_statistic(found[0], found, bins=BINS, range=(e.config.T_min, e.config.T_max)).statistic
-        lines[split], means[split] = binned, found[1].mean()
-        e.card["loss"] |= {"draws": len(found[0]), split: means[split], f"{split}_by_t": binned.T.tolist()}
+        t, values = found = losses(e, data)
+        lines[split] = binned_statistic(t, found, bins=BINS, range=(e.config.T_min, e.config.T_max)).statistic
+        e.card["loss"] |= {"draws": len(t), split: values.mean(), f"{split}_by_t": lines[split].T.tolist()}
     e.pictures["loss_by_t"] = log_plot(lines, xlabel="t", ylabel="loss")
-    print0(f"loss        {in_words(means)}")
+    print0(f"loss        {in_words(e.card['loss'])}")
 
 
 def losses(e: Evaluation, data: Dataset) -> np.ndarray:
@@ -343,7 +339,7 @@ def curve(e: Evaluation):
             changes = {"rtol": 10.0**-k, "atol": 10.0**-k} if name == "dopri5" else {"sampling_steps": steps}
             try:
                 samples, nfe = e.draw(e.given, sampler=name, **changes)
-                values = e.evaluate(samples, e.given)
+                values = e.evaluator(samples, e.given.labels, e.given.truth)
             except UserError as error:
                 print0(f"{name} with {steps} steps or more is left out: {str(error).partition(':')[0]}")
                 break
@@ -387,18 +383,17 @@ def compare(paths):
     """Prints a line for each card. It ends in one line if they were not measured in the same way, or are no cards."""
     if not paths:
         fail("compare needs cards: give it files that evaluate.py wrote, as ckpts/*/evaluation/*/card.json")
-    protocols = []
+    first = None
     for path in paths:
         try:
             with open(path) as file:
                 card = json.load(file)
             numbers = in_words({name: row["mean"] for name, row in card["metrics"].items()})
-            line = title(card)
-            protocols.append(card["protocol"])
+            line, protocol = title(card), card["protocol"]
         except (OSError, ValueError, LookupError, TypeError) as error:
             fail(f"cannot read {path} ({error!r}): expected a card that evaluate.py wrote, evaluation/*/card.json")
-        first, last = protocols[0], protocols[-1]
-        if names := [name for name in first | last if first.get(name) != last.get(name)]:
+        first = first or protocol
+        if names := [name for name in first | protocol if first.get(name) != protocol.get(name)]:
             fail(f"{paths[0]} and {path} cannot be compared: they differ in {', '.join(names)}; measure both in the "
                  "same way")
         print(f"{numbers}  {line}")
