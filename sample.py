@@ -18,19 +18,18 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import saving
 from build import build, check_settings, read_data
 from command_line import fail, optional_settings, parse, start
 from config import Config, NotNegative, Positive, Within, out_of_range
-from data_utils import Cases, Dataset, DataSpec, cases, load_dataset
+from data_utils import Cases, DataSpec, cases, load_dataset
 from distributed import gather_rows, on_rank0, print0, set_up
 from logging_utils import coloured, image_grid, picture_of, save_picture
 from processes import PROCESSES
 from sampling import make_grid
 from trainer import TRAINERS
-from utils import UserError, call_with_settings, look_up, make_seed, parameters_of, write_atomically
+from utils import UserError, look_up, make_seed, parameters_of, write_atomically
 
 FRAMES = 50  # most frames of a trajectory, before the samples themselves
 
@@ -110,12 +109,10 @@ class Loaded:
             raise UserError("guidance_scale needs a network trained with label_dropout or cond_dropout above 0, or a "
                             "--guide: use --guidance_scale 1")
 
-    def cases(self, data: Dataset, num) -> Cases:
-        """What `num` samples are drawn for, with conditions of items of these data."""
-        return call_with_settings(cases, vars(self.config), dataset=data, num=num)
-
-    def draw(self, cases: Cases, **changes) -> tuple[Tensor, float]:
-        """Samples for these cases, with `changes` of the settings, drawn by the run's trainer: see build.draw_all."""
+    def draw(self, cases: Cases, **changes):
+        """Samples for these cases, with `changes` of the settings, drawn by the run's trainer, and the mean network
+        calls of one: see build.draw_all.
+        """
         config = replace(self.config, **changes)
         check_settings(config)
         return look_up(TRAINERS, config.trainer).draw(
@@ -127,7 +124,7 @@ def conditions_of(path, run: Loaded) -> Cases:
     data, shape, times = load_dataset(path), run.spec.cond_shape, run.config.samples_per_cond
     if data.spec.shape != shape:
         raise UserError(f"{path} holds items of shape {data.spec.shape}, and the network takes "
-                        + (f"conditions of shape {shape}" if shape else "no condition"))
+                        f"{f'conditions of shape {shape}' if shape else 'no condition'}")
     cond = run.spec.condition(torch.from_numpy(data.data[:])).repeat_interleave(times, 0)
     return Cases(len(cond), cond=cond, times=times)
 
@@ -165,7 +162,7 @@ def trajectory(run: Loaded, given: Cases):
     recording.net = recorded
     samples, _ = recording.draw(given, compile=False, sampling_batch_size=given.num)
     states = states or {0.0: samples[:0]}  # of a rank that has no share
-    times = make_grid(**vars(run.config) | {"n": run.config.sampling_steps, "process": run.process})[:-1]
+    times = make_grid(run.config.sampling_steps, **vars(run.config) | {"process": run.process})[:-1]
     calls = [min(states, key=lambda call: abs(call - time)) for time in times[:: math.ceil(len(times) / FRAMES)]]
     frames = [*(gather_rows(states[call]) for call in calls), samples]
     if min(map(len, frames)) < given.num:
@@ -180,10 +177,10 @@ def save_trajectory(states, spec: DataSpec, path):
     deviations. There are few colours, so that the file is small.
     """
     if spec.is_field:
-        states = coloured(states.flatten(0, 1), states[:, :, 0].numel()).unflatten(0, states.shape[:2])
+        states = coloured(states.flatten(0, 1), states.numel()).unflatten(0, states.shape[:2])  # on one scale
     elif not spec.is_image:
         points = (states - torch.tensor(spec.mean)) / (3 * max(spec.std))
-        counts = [np.histogram2d(-state[:, -1], state[:, 0], 150, [[-1, 1], [-1, 1]])[0] for state in points]
+        counts = [np.histogram2d(-state[:, -1], state[:, 0], 150, range=2 * [[-1, 1]])[0] for state in points]
         states = (255 - 64 * torch.tensor(np.stack(counts))[:, None, None]).clamp(min=0).byte()
     first, *others = [image_grid(state // 36 * 36, min(10, len(state)), width=320) for state in states]
     save_picture(first, path, save_all=True, append_images=others, duration=[80] * len(others) + [2000], loop=0)
@@ -199,15 +196,16 @@ def main(arguments):
         fail(f"cannot write {out}.npz: expected a file in a folder that is there and can be written")
     with set_up(options.device, timeout=60.0) as device:
         run = Loaded(options, device)
-        spec, given = run.spec, Cases(options.num)
-        classes = range(spec.num_classes if run.config.class_conditional else 0)
+        config, spec, given = run.config, run.spec, Cases(options.num)
+        classes = range(spec.num_classes if config.class_conditional else 0)
         if unknown := set(options.labels).difference(classes):
-            known = f"0 to {classes[-1]}" if classes else "none"
-            raise UserError(f"labels {unknown} are unknown: the network takes {known}")
+            raise UserError(f"labels {unknown} are unknown: the network takes "
+                            f"{f'0 to {classes[-1]}' if classes else 'none'}")
         if options.cond:
             given = conditions_of(options.cond, run)
         elif spec.cond_shape:
-            given = run.cases(read_data(run.config, "test", spec), options.num)
+            test = read_data(config, "test", spec)
+            given = cases(test, options.num, config.samples_per_cond, config.class_conditional)
         if classes and (options.labels or given.labels is None):
             given = given._replace(labels=torch.tensor(np.resize(options.labels or classes, given.num)))
         if options.rollout:
@@ -215,7 +213,7 @@ def main(arguments):
             samples = states[:, 0]
         else:
             samples = states = run.draw(given)[0]
-        arrays = [states.permute(0, 2, 3, 1) if spec.is_image else states] + [given.labels] * bool(classes)
+        arrays = [states.movedim(-3, -1) if spec.is_image else states] + [given.labels] * bool(classes)
         on_rank0(lambda: write_atomically(f"{out}.npz", lambda file: np.savez(file, *arrays)))  # as arr_0 and arr_1
         shown = 100 if len(spec.shape) == 3 else None
         on_rank0(lambda: save_picture(picture_of(samples[:shown], cases=given, spec=spec), f"{out}.png"))
@@ -224,7 +222,7 @@ def main(arguments):
             frames = states[: first.num].transpose(0, 1) if options.rollout else trajectory(run, first)
             on_rank0(lambda: save_trajectory(frames, spec, f"{out}.gif"))
         print0(f"{given.num} samples of {options.weights} weights at step {run.state['step']}, by "
-               f"{run.config.sampler}: {out}.npz and {out}.png")
+               f"{config.sampler}: {out}.npz and {out}.png")
 
 
 if __name__ == "__main__":
