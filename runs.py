@@ -12,7 +12,6 @@ import math
 import os
 import statistics
 import time
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from distributed import agreed_stop, all_or_none, gather_rows, on_rank0, print0,
 from ema import EMA
 from logging_utils import Logger, picture_of
 from optimizers import make_optimizer
-from utils import UserError, call_with_settings, warn
+from utils import UserError, warn
 
 
 def means(rows):
@@ -46,26 +45,25 @@ class Run:
 
     def open_run(self):
         """Opens the folder of the run, and resumes it if there is a checkpoint. All ranks must call it."""
-        config, device, self.folder = self.config, self.device, f"{self.config.ckpt_dir}/{self.config.run_name}"
+        config, self.folder = self.config, f"{self.config.ckpt_dir}/{self.config.run_name}"
         self.optimizer = make_optimizer(self.net, config.weight_decay)
         self.ema = EMA(self.net, config.ema_decay)
         self.step = 0  # steps taken
         # Gradient norm, t, loss and importance of this rank's rows since the last line of metrics; norms not yet seen
-        self.window, self.norms = [torch.zeros(0, 4, device=device)], []
+        self.window, self.norms = [torch.zeros(0, 4, device=self.device)], []
         self.skipped = 0  # steps in a row until now that were not finite
         self.saved_step, self.save_failed = None, False  # step of the last checkpoint; whether the last try failed
         self.evaluator = self.logger = None  # made when it is needed; made on rank 0 alone
 
-        parameters = sum(p.numel() for p in self.net.parameters())
-        print0(f"{len(self.dataset.data):,} items of shape {self.spec.shape}, {config.network} of {parameters:,} "
-               "parameters")
+        print0(f"{len(self.dataset.data):,} items of shape {self.spec.shape}, {config.network} of "
+               f"{sum(p.numel() for p in self.net.parameters()):,} parameters")
         may_change = {name for name, found in marks(Config).items() if "may change" in found}
         if path := on_rank0(lambda: saving.open_run(self.folder, vars(config), vars(Config()), may_change)):
             self.restore(path)
         on_rank0(lambda: setattr(self, "logger", Logger(self.folder, config, self.step)))
         if world_size() > 1:
             self.ddp = self.forward = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
-        if compiles(config, device, math.inf if config.compile else config.num_training_steps, TRAINING_STEPS):
+        if compiles(config, self.device, math.inf if config.compile else config.num_training_steps, TRAINING_STEPS):
             self.forward = torch.compile(self.ddp, mode=config.compile_mode)
 
     def due(self, every):
@@ -104,10 +102,11 @@ class Run:
 
     def log(self, rate):
         """One line of metrics: means over the steps since the last one. Waits for the device, then reads the clock."""
-        rows, self.window = gather_rows(torch.cat(self.window)), self.window[:1]
+        values = means(gather_rows(torch.cat(self.window)))
+        del self.window[1:]
         items = (self.step - self.clock_step) * self.config.batch_size
-        values = {**means(rows), "learning_rate": rate, "images_per_second": items / (time.perf_counter() - self.clock),
-                  "epoch": self.step * self.config.batch_size / len(self.dataset.data)}
+        values |= {"learning_rate": rate, "images_per_second": items / (time.perf_counter() - self.clock),
+                   "epoch": self.step * self.config.batch_size / len(self.dataset.data)}
         with self.failures_reported():
             on_rank0(lambda: self.logger.log(self.step, values))
         self.restart_clock()
@@ -137,7 +136,7 @@ class Run:
 
     def cases(self, num) -> Cases:
         """Labels and conditions of `num` samples."""
-        return call_with_settings(cases, vars(self.config), dataset=self.held_out, num=num)
+        return cases(self.held_out, num, self.config.samples_per_cond, self.config.class_conditional)
 
     def samples(self, weights, sampler, cases: Cases):
         """Decoded samples, of which each rank draws its share."""
@@ -160,7 +159,7 @@ class Run:
     def sample(self):
         """Grids by both samplers, of raw and EMA weights, with the same noise and labels in all grids of a run."""
         config = self.config
-        samplers = dict.fromkeys(filter(None, (config.sampler, config.sde_sampler)))
+        samplers = sorted({config.sampler, config.sde_sampler} - {None})
         drawn_for = self.cases(config.num_samples)
         if config.class_conditional and drawn_for.cond is None:
             drawn_for = drawn_for._replace(labels=torch.arange(config.num_samples) % self.spec.num_classes)
@@ -199,7 +198,7 @@ class Run:
             "window": gather_rows(torch.cat(self.window)),
             "skipped": self.skipped,
             "config": saving.plain(vars(self.config)),
-            "data": saving.plain(asdict(self.spec)),
+            "data": saving.plain(vars(self.spec)),
         }
 
     def save(self):
@@ -221,10 +220,11 @@ class Run:
     def restore(self, path):
         """Resumes the run from a checkpoint."""
         state = saving.load(path)
-        saving.check_data(path, asdict(DataSpec(**state["data"])), asdict(self.spec))
-        if (items := state.get("items", len(self.dataset.data))) != len(self.dataset.data):
-            raise UserError(f"{path} was trained on {items} items, and here are {len(self.dataset.data)}: give it the "
-                            "same data, or choose another --run_name")
+        saving.check_data(path, vars(DataSpec(**state["data"])), vars(self.spec))
+        here = len(self.dataset.data)
+        if (items := state.get("items", here)) != here:
+            raise UserError(f"{path} was trained on {items} items, and here are {here}: give it the same data, or "
+                            "choose another --run_name")
         saving.restore(self.net, state["net"], path)
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
