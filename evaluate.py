@@ -186,15 +186,15 @@ def real_data(e: Evaluation):
 
     They are of the other split; without a test split, of one half of the training split, against the other half.
     """
-    train, evaluator, what = e.data["train"], e.evaluator, "the other split"
-    dataset = e.data.get("test" if e.options.reference == "train" else "train")
-    if dataset is None:
+    train, test, evaluator, what = e.data["train"], e.data.get("test"), e.evaluator, "the other split"
+    dataset = test if e.options.reference == "train" else train
+    if test is None:
         dataset, reference = (replace(train, data=train.data[k::2]) for k in (0, 1))
         evaluator = Evaluator(train, reference, e.device, e.options.extractor)
         what = "one half of the training split, against the other"
     items = e.random_items(dataset, e.options.num)
     # of the training split, the classifier has learned the labels
-    known = e.given.labels is not None and dataset is e.data.get("test")
+    known = e.given.labels is not None and dataset is test
     return {"items": items.num, "what": what, "metrics": evaluator(items.truth, items.labels if known else None)}
 
 
@@ -219,21 +219,22 @@ def forecasts(e: Evaluation):
             raise UserError(f"{e.options.regression} is no regression for these data: train one with the settings of "
                             "this run and --trainer regression")
         found["regression"] = run.draw(one)[0]
-    e.card["forecasts"] = {name: e.evaluator(samples, one.labels, one.truth) for name, samples in found.items()}
-    found = {"samples": e.samples, **found}
-    if config.corruption and "uniform" not in parameters_of(CORRUPTIONS[config.corruption]):
-        for name, samples in found.items():
+    e.card["forecasts"] = {}
+    for name, samples in {**found, "samples": e.samples}.items():
+        values = {} if name == "samples" else e.evaluator(samples, one.labels, one.truth)
+        if config.corruption and "uniform" not in parameters_of(CORRUPTIONS[config.corruption]):
             cond = given.cond[:: given.num // len(samples), :-1]
             error = e.source.corruption(spec.encode(samples), uniform=None) - cond
-            e.card["forecasts"].setdefault(name, {})["consistency"] = root_mean_square(error)
+            values["consistency"] = root_mean_square(error)
+        if values:
+            e.card["forecasts"][name] = values
+            print0(f"{name:11} {in_words(values)}")
     if spec.is_field:
         lines = {}
-        for name, samples in {"truth": given.truth, **found}.items():
+        for name, samples in {"truth": given.truth, "samples": e.samples, **found}.items():
             power = spectrum(samples).numpy()
             lines[name] = range(1, len(power) + 1), power
         e.pictures["spectrum"] = log_plot(lines, xlabel="wavenumber", ylabel="power", xscale="log")
-    for name, values in e.card["forecasts"].items():
-        print0(f"{name:11} {in_words(values)}")
 
 
 # ---- Likelihood
