@@ -9,7 +9,6 @@ This file imports nothing of the project, and nothing heavy: `--help` and wrong 
 """
 
 import ast
-import functools
 import math
 import os
 from dataclasses import dataclass
@@ -23,23 +22,18 @@ class Within(str):
 
     def __contains__(self, x):
         low, high = map(float, self[1:-1].split(","))
-        return (low <= x if self[0] == "[" else low < x) and (x <= high if self[-1] == "]" else x < high)
+        return low < x < high or x == low and self[0] == "[" or x == high and self[-1] == "]"
 
 
-@functools.lru_cache
-def names_in(table):
-    """The keys of a dictionary such as "sampling.GRIDS", read from the source: importing it would import torch."""
+def key_of(table):
+    """The type of the keys of a dictionary such as "sampling.GRIDS".
+
+    They are read from its source, `GRIDS = {...}`: importing it would import torch.
+    """
     file, name = table.split(".")
     with open(f"{HERE}/{file}.py") as source:
-        nodes = ast.parse(source.read()).body
-    values = {getattr(node.targets[0], "id", None): node.value for node in nodes if isinstance(node, ast.Assign)}
-
-    def keys(value):
-        if isinstance(value, ast.Dict):
-            return [key.value for key in value.keys]
-        return [key for node in ast.walk(value) if isinstance(node, ast.Name) for key in keys(values[node.id])]  # A | B
-
-    return tuple(keys(values[name]))
+        begins = source.read().partition(f"\n{name} = ")[2]  # with the dictionary
+    return Literal[tuple(key.value for key in ast.parse(begins).body[0].value.keys)]
 
 
 T = TypeVar("T")
@@ -51,6 +45,7 @@ Share = Annotated[T, Within("[0, 1)")]
 # (accumulation_steps). The cosine schedule follows num_training_steps, and data_dir must hold the same data.
 MayChange = Annotated[T, "may change"]
 Sampling = Annotated[T, "may change", "sampling"]  # and an option of sample.py and evaluate.py
+Sampler = Literal[key_of("sampling.ODE_SAMPLERS"), key_of("sampling.SDE_SAMPLERS")]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 
 
@@ -62,7 +57,7 @@ class Config:
     seed: Annotated[int, Within("[0, 4294967296)")] = 0  # Seed of everything random: weights, batches, times, noise.
 
     # ---- Data
-    dataset: Literal[names_in("data_utils.DATASETS")] | str = "cifar10"  # A name, FILE.npz, FILE.npy, or FOLDER.
+    dataset: key_of("data_utils.DATASETS") | str = "cifar10"  # A name, FILE.npz, FILE.npy, or FOLDER.
     data_dir: MayChange[str] = "data"  # Folder of downloaded data; for image_folder the folder of class folders.
     image_size: Positive[int] = 32  # Images of image_folder are resized and centre-cropped to this many pixels a side.
     random_flip: bool = True  # Mirror each training image left to right with probability 1/2.
@@ -71,14 +66,14 @@ class Config:
     overfit_one_batch: bool = False  # Train on the batch of step 0 alone: a network that cannot learn it has a bug.
 
     # ---- Condition: what the network sees beside xt. One of these, or what a file holds
-    corruption: Literal[names_in("conditions.CORRUPTIONS")] | None = None  # What this leaves of an item.
+    corruption: key_of("conditions.CORRUPTIONS") | None = None  # What this leaves of an item.
     downsample_factor: Positive[int] = 4  # downsample: pixels in a row that become one.
     mask_share: Annotated[float, Within("(0, 1]")] = 0.3  # mask_box, mask_pixels: share of the pixels that is hidden.
     lag: NotNegative[int] = 0  # The frame so many before in the trajectory; 0: none.
     cond_dropout: Share[float] = 0.0  # Share of conditions that are hidden in training: guidance needs it.
 
     # ---- Process: xt = alpha(t) x0 + sigma(t) x1 + shift(t) m, with t = 0 data and t = 1 the base, of mean m
-    process: Literal[names_in("processes.PROCESSES")] = "rf"  # How data turns into noise.
+    process: key_of("processes.PROCESSES") = "rf"  # How data turns into noise.
     beta_min: float = 0.1  # linear_vp, sub_vp: noise rate beta at t = 0.
     beta_max: float = 20.0  # linear_vp, sub_vp: noise rate beta at t = 1.
     sigma_min: float = 0.002  # ve, ve_linear, edm: sigma at t = 0. May be 0 for ve_linear and edm (Song et al.: 0.01).
@@ -86,21 +81,21 @@ class Config:
     rho: Annotated[float, Within("[0.1, inf)")] = 7.0  # Process and grid edm: (sigma / alpha)^(1 / rho) in equal steps.
     foellmer_epsilon: Positive[float] = 1.0  # foellmer: size of the noise.
     foellmer_power: Annotated[float, Within("[1, inf)")] = 2.0  # foellmer: alpha = (1 - t)^power; 1 or 2.
-    base: Literal[names_in("processes.BASES")] = "noise"  # noise: m = 0. condition: m is the condition itself.
+    base: key_of("processes.BASES") = "noise"  # noise: m = 0. condition: m is the condition itself.
     base_std: Positive[float] = 1.0  # condition: standard deviation of the base around m; foellmer has 0.
-    coupling: Literal[names_in("couplings.COUPLINGS")] = "independent"  # Which noise goes with which data.
+    coupling: key_of("couplings.COUPLINGS") = "independent"  # Which noise goes with which data.
     T_min: float = 1e-4  # Least time, in training and sampling.
     T_max: float = 0.9999  # Greatest time, in training and sampling.
 
     # ---- Prediction, loss and training times
-    model_type: Literal[names_in("prediction.PREDICTIONS")] = "velocity"  # What the network outputs.
-    target_type: Literal[names_in("prediction.PREDICTIONS")] = "velocity"  # What the loss compares.
+    model_type: key_of("prediction.PREDICTIONS") = "velocity"  # What the network outputs.
+    target_type: key_of("prediction.PREDICTIONS") = "velocity"  # What the loss compares.
     precondition: bool = False  # Give the network xt at unit variance, and log(sigma / alpha) / 4 for t, as EDM does.
     sigma_data: Positive[float] = 0.5  # Standard deviation of the data: precondition, prediction and weighting edm.
-    loss_weighting: Literal[names_in("prediction.LOSS_WEIGHTINGS")] = "none"  # Weight of each time in the loss.
+    loss_weighting: key_of("prediction.LOSS_WEIGHTINGS") = "none"  # Weight of each time in the loss.
     min_snr_gamma: Positive[float] = 5.0  # min_snr: the greatest weight.
     sigmoid_bias: float = 2.0  # sigmoid: log-SNR at which the weight is half of the likelihood's.
-    time_sampler: Literal[names_in("time_samplers.TIME_SAMPLERS")] = "uniform"  # How training times are drawn.
+    time_sampler: key_of("time_samplers.TIME_SAMPLERS") = "uniform"  # How training times are drawn.
     importance_weights: bool = False  # Weigh losses by 1 / density of their times: the mean is that of uniform times.
     logit_normal_loc: float = 0.0  # logit_normal: mean of logit(t); above 0 means more noise.
     logit_normal_scale: Positive[float] = 1.0  # logit_normal: standard deviation of logit(t).
@@ -109,10 +104,10 @@ class Config:
     time_beta_a: Positive[float] = 1.0  # beta: first parameter of the Beta distribution; larger means more noise.
     time_beta_b: Positive[float] = 2.0  # beta: second parameter; larger means less noise.
     mode_scale: Annotated[float, Within("[-1, 1.75]")] = 1.29  # mode: above 0 prefers the middle, below 0 the ends.
-    trainer: Literal[names_in("trainer.TRAINERS")] = "diffusion"  # Class that makes batches and takes their loss.
+    trainer: key_of("trainer.TRAINERS") = "diffusion"  # Class that makes batches and takes their loss.
 
     # ---- Network
-    network: Literal[names_in("build.NETWORKS")] = "unet"  # Architecture, called as net(xt, t, label, cond).
+    network: key_of("build.NETWORKS") = "unet"  # Architecture, called as net(xt, t, label, cond).
     model_channels: Annotated[int, Within("[2, inf)")] = 128  # unet: channels at full resolution.
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # unet: multiples of model_channels, one for each resolution.
     num_res_blocks: Positive[int] = 2  # unet: residual blocks at each resolution.
@@ -129,7 +124,7 @@ class Config:
     num_training_steps: MayChange[Positive[int]] = 400_000  # Optimizer steps.
     base_lr: Positive[float] = 2e-4  # Learning rate after warm-up.
     min_lr: NotNegative[float] = 0.0  # Learning rate at the end of the cosine schedule.
-    lr_schedule: Literal[names_in("optimizers.SCHEDULES")] = "constant"  # Course of the learning rate after warm-up.
+    lr_schedule: key_of("optimizers.SCHEDULES") = "constant"  # Course of the learning rate after warm-up.
     warmup_steps: NotNegative[int] = 5000  # Steps in which the learning rate rises linearly to base_lr.
     weight_decay: NotNegative[float] = 0.0  # AdamW's decay of the matrices; biases and norms have none.
     grad_clip_norm: NotNegative[float] = 1.0  # Gradients of a larger norm are scaled down to this one; 0 turns it off.
@@ -137,12 +132,12 @@ class Config:
     ema_decay: Share[float] = 0.9999  # Decay of the moving average of the weights; (1 + n) / (10 + n) at the start.
 
     # ---- Sampling: the grids of samples drawn in training, and the defaults of sample.py
-    sampler: Sampling[Literal[names_in("sampling.SAMPLERS")]] = "heun"  # Sampler of the first row of grids.
-    sde_sampler: MayChange[Literal[names_in("sampling.SDE_SAMPLERS")] | None] = "euler_maruyama"  # The second row.
+    sampler: Sampling[Sampler] = "heun"  # Sampler of the first row of grids.
+    sde_sampler: MayChange[key_of("sampling.SDE_SAMPLERS") | None] = "euler_maruyama"  # The second row.
     sampling_steps: Sampling[Positive[int]] = 50  # Steps from T_max to T_min; heun takes 2 calls in each but the last.
-    grid: Sampling[Literal[names_in("sampling.GRIDS")]] = "uniform"  # Times of the steps.
+    grid: Sampling[key_of("sampling.GRIDS")] = "uniform"  # Times of the steps.
     grid_shift: Sampling[Positive[float]] = 3.0  # shifted: above 1 for shorter steps near the noise.
-    sde_diffusion: Sampling[Literal[names_in("sampling.DIFFUSIONS")]] = "sigma"  # eps(t), half the SDE's squared noise.
+    sde_diffusion: Sampling[key_of("sampling.DIFFUSIONS")] = "sigma"  # eps(t), half the SDE's squared noise.
     sde_scale: Sampling[NotNegative[float]] = 1.0  # Factor of sde_diffusion; 0 makes the SDE the ODE.
     corrector_snr: Sampling[NotNegative[float]] = 0.16  # predictor_corrector: size of Langevin's step.
     churn: Sampling[NotNegative[float]] = 30.0  # edm_churn: EDM's S_churn; a step adds a share churn / steps of noise.
@@ -183,62 +178,57 @@ class Config:
     timeout: MayChange[Annotated[float, Within("(0, 10000]")]] = 10.0  # Minutes that a rank waits for the others.
 
 
-DIGITS = dict(  # a small network that learns images of 8 x 8 pixels in a minute or two
-    dataset="digits", random_flip=False, model_channels=24, channel_mults=(1, 2), attention_resolutions=(),
-    num_res_blocks=1, dropout=0.0, time_sampler="logit_normal", base_lr=3e-3, lr_schedule="cosine", warmup_steps=50,
-    ema_decay=0.99, sampling_steps=20,
+SHORT = dict(random_flip=False, dropout=0.0, lr_schedule="cosine")  # for runs of minutes
+DIGITS = SHORT | dict(  # a small network that learns images of 8 x 8 pixels in a minute or two
+    dataset="digits", model_channels=24, channel_mults=(1, 2), attention_resolutions=(), num_res_blocks=1,
+    time_sampler="logit_normal", base_lr=3e-3, warmup_steps=50, ema_decay=0.99, sampling_steps=20,
+)
+DIGITS_FROM_CONDITIONS = DIGITS | dict(
+    num_training_steps=1000, log_every=50, sample_every=500, save_every=500, evaluate_every=1000,
+)
+MNIST = dict(  # also for data like it
+    class_conditional=True, model_channels=64, channel_mults=(1, 2, 2), attention_resolutions=(7,), base_lr=1e-3,
+    lr_schedule="cosine", warmup_steps=500, ema_decay=0.999, num_samples=100,
 )
 PRESETS = {
     "cifar10": {},
-    "cifar10_debug": dict(
-        run_name="cifar10_debug", overfit_one_batch=True, random_flip=False, model_channels=32, dropout=0.0,
-        attention_resolutions=(8,), num_res_blocks=1, batch_size=16, num_training_steps=1000, base_lr=2e-3,
-        lr_schedule="cosine", warmup_steps=20, ema_decay=0.99, sampling_steps=20, num_samples=16, log_every=10,
-        sample_every=250, save_every=250, evaluate_every=0,
+    "cifar10_debug": SHORT | dict(
+        overfit_one_batch=True, model_channels=32, attention_resolutions=(8,), num_res_blocks=1, batch_size=16,
+        num_training_steps=1000, base_lr=2e-3, warmup_steps=20, ema_decay=0.99, sampling_steps=20, num_samples=16,
+        log_every=10, sample_every=250, save_every=250, evaluate_every=0,
     ),
     "digits": DIGITS | dict(
-        run_name="digits", class_conditional=True, num_training_steps=650, num_samples=100, log_every=25,
-        sample_every=325, save_every=325, evaluate_every=650,
+        class_conditional=True, num_training_steps=650, num_samples=100, log_every=25, sample_every=325,
+        save_every=325, evaluate_every=650,
     ),
-    "digits_superres": DIGITS | dict(
-        run_name="digits_superres", corruption="downsample", num_training_steps=1000, log_every=50, sample_every=500,
-        save_every=500, evaluate_every=1000,
+    "digits_superres": DIGITS_FROM_CONDITIONS | dict(corruption="downsample"),
+    "digits_inpaint": DIGITS_FROM_CONDITIONS | dict(corruption="mask_box"),
+    "navier_stokes": SHORT | dict(
+        dataset="navier_stokes", lag=1, process="foellmer", base="condition", model_type="drift", target_type="drift",
+        T_max=1.0, model_channels=32, channel_mults=(1, 2, 2), attention_resolutions=(), num_res_blocks=1,
+        batch_size=32, num_training_steps=3000, base_lr=1e-3, warmup_steps=100, ema_decay=0.999,
+        sampler="euler_maruyama", sde_sampler=None, sde_diffusion="own", evaluation_samples=400, sample_every=1000,
+        save_every=1000, evaluate_every=3000,
     ),
-    "navier_stokes": dict(
-        run_name="navier_stokes", dataset="navier_stokes", lag=1, process="foellmer", base="condition",
-        model_type="drift", target_type="drift", T_max=1.0, random_flip=False, model_channels=32,
-        channel_mults=(1, 2, 2), attention_resolutions=(), num_res_blocks=1, dropout=0.0, batch_size=32,
-        num_training_steps=3000, base_lr=1e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.999,
-        sampler="euler_maruyama", sde_sampler=None, sde_diffusion="own", evaluation_samples=400,
-        sample_every=1000, save_every=1000, evaluate_every=3000,
+    "mnist": SHORT | MNIST | dict(
+        dataset="mnist", num_training_steps=20_000, sample_every=2000, save_every=2000, evaluate_every=4000,
     ),
-    "mnist": dict(
-        run_name="mnist", dataset="mnist", random_flip=False, class_conditional=True, model_channels=64,
-        channel_mults=(1, 2, 2), attention_resolutions=(7,), dropout=0.0, num_training_steps=20_000, base_lr=1e-3,
-        lr_schedule="cosine", warmup_steps=500, ema_decay=0.999, num_samples=100, sample_every=2000, save_every=2000,
-        evaluate_every=4000,
+    "fashion_mnist": MNIST | dict(
+        dataset="fashion_mnist", num_training_steps=40_000, sample_every=4000, save_every=4000, evaluate_every=8000,
     ),
-    "fashion_mnist": dict(
-        run_name="fashion_mnist", dataset="fashion_mnist", class_conditional=True, model_channels=64,
-        channel_mults=(1, 2, 2), attention_resolutions=(7,), num_training_steps=40_000, base_lr=1e-3,
-        lr_schedule="cosine", warmup_steps=500, ema_decay=0.999, num_samples=100, sample_every=4000, save_every=4000,
-        evaluate_every=8000,
-    ),
-    "image_folder": dict(
-        run_name="image_folder", dataset="image_folder", data_dir="data/images", class_conditional=True,
-    ),
+    "image_folder": dict(dataset="image_folder", data_dir="data/images", class_conditional=True),
     "cifar10_edm": dict(  # 18 noise levels, and 0
-        run_name="cifar10_edm", process="ve_linear", model_type="edm", target_type="edm", precondition=True,
-        time_sampler="edm_log_normal", T_min=0.0, T_max=1.0, grid="edm", sampling_steps=17, denoise=True,
-        sde_sampler="edm_churn",
+        process="ve_linear", model_type="edm", target_type="edm", precondition=True, time_sampler="edm_log_normal",
+        T_min=0.0, T_max=1.0, grid="edm", sampling_steps=17, denoise=True, sde_sampler="edm_churn",
     ),
-    "moons": dict(
-        run_name="moons", dataset="moons", network="mlp", random_flip=False, sigma_data=1.0, dropout=0.0,
-        batch_size=512, num_training_steps=3000, base_lr=2e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.99,
-        num_samples=2000, sample_every=1000, save_every=1000, evaluate_every=1000, evaluation_samples=5000,
+    "moons": SHORT | dict(
+        dataset="moons", network="mlp", sigma_data=1.0, batch_size=512, num_training_steps=3000, base_lr=2e-3,
+        warmup_steps=100, ema_decay=0.99, num_samples=2000, sample_every=1000, save_every=1000, evaluate_every=1000,
+        evaluation_samples=5000,
     ),
 }
-PRESETS["digits_inpaint"] = PRESETS["digits_superres"] | dict(run_name="digits_inpaint", corruption="mask_box")
+for name in PRESETS.keys() - {"cifar10"}:  # a run has the name of its preset; the default is cifar10
+    PRESETS[name]["run_name"] = name
 
 
 def marks(cls):
@@ -265,9 +255,6 @@ def problems(c: Config, world_size):
     `world_size` is the number of ranks. What depends on the data or on a formula is checked where it is known
     (data_utils.load_dataset, build.check_settings), also before any data is read.
     """
-    if found := out_of_range(c):
-        return found
-
     parts = world_size * c.accumulation_steps
     contradictions = {
         f"batch_size {c.batch_size} is less than {parts}: ranks ({world_size}) x accumulation_steps "
@@ -298,4 +285,4 @@ def problems(c: Config, world_size):
         f"ckpt_dir is empty: expected a folder, such as --ckpt_dir {Config.ckpt_dir}": not c.ckpt_dir,
         f"data_dir is empty: expected a folder, such as --data_dir {Config.data_dir}": not c.data_dir,
     }
-    return [message for message, wrong in contradictions.items() if wrong]
+    return out_of_range(c) or [message for message, wrong in contradictions.items() if wrong]

@@ -26,7 +26,7 @@ def readers() -> dict[str, set[str]]:
     found = {name: set() for name in NAMES}
     functions = load_dataset, cases, make_process, loss_weight, make_grid, draw, Field, learning_rate
     called = {f.__name__: f for f in functions}
-    for file, table in re.findall(r'names_in\("(\w+)\.(\w+)"\)', (ROOT / "config.py").read_text()):
+    for file, table in re.findall(r'key_of\("(\w+)\.(\w+)"\)', (ROOT / "config.py").read_text()):
         called |= {f"{table}[{name!r}]": entry for name, entry in getattr(importlib.import_module(file), table).items()}
     for reader, function in called.items():
         for name in set(NAMES) & (parameters_of(function) if function else set()):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.request
 import warnings
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,15 +18,17 @@ from conftest import ROOT, assert_one_line_error, flags, run, tiny
 import command_line
 import distributed
 import main
-from config import PRESETS, Config, names_in
+from config import PRESETS, Config, Sampler, key_of
+from sampling import SAMPLERS
 
 
 def test_allowed_names_are_those_of_the_dictionaries():
-    tables = set(re.findall(r'names_in\("([\w.]+)"\)', (ROOT / "config.py").read_text()))
+    tables = set(re.findall(r'key_of\("([\w.]+)"\)', (ROOT / "config.py").read_text()))
     assert len(tables) > 10
     for table in tables:
         file, name = table.split(".")
-        assert names_in(table) == tuple(getattr(importlib.import_module(file), name))
+        assert get_args(key_of(table)) == tuple(getattr(importlib.import_module(file), name))
+    assert get_args(Sampler) == tuple(SAMPLERS)
 
 
 def test_presets_and_flags():
