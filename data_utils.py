@@ -16,9 +16,9 @@ import hashlib
 import itertools
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ from logging_utils import Progress
 from utils import (
     RowNoise,
     UserError,
+    append_dims,
     call_with_settings,
     first_line,
     import_torchvision,
@@ -47,7 +48,7 @@ constant = functools.lru_cache(torch.tensor)  # copied to a device once, since e
 
 def scale(x, mean, std):
     """Mean and standard deviation, of one or of all channels, shaped for x (B, C, ...)."""
-    return constant((tuple(mean), tuple(std)), device=x.device).view(2, -1, *(1,) * (x.ndim - 2))
+    return append_dims(constant((tuple(mean), tuple(std)), device=x.device), x.ndim)
 
 
 @dataclass
@@ -59,12 +60,12 @@ class DataSpec:
 
     shape: tuple[int, ...]
     num_classes: int
-    mean: list[float]
-    std: list[float]
+    mean: Sequence[float]
+    std: Sequence[float]
     is_field: bool = False  # float32 items (C, H, W), not uint8
     cond_shape: tuple[int, ...] = ()
-    cond_mean: list[float] = field(default_factory=lambda: [0.0])
-    cond_std: list[float] = field(default_factory=lambda: [1.0])
+    cond_mean: Sequence[float] = (0.0,)
+    cond_std: Sequence[float] = (1.0,)
 
     @property
     def is_image(self):
@@ -154,6 +155,11 @@ def kept(name, key, write):
     return path
 
 
+def stamps(paths):
+    """The paths, sizes and times of files, as a text that changes with them. Raises OSError if one is not there."""
+    return "\n".join(f"{os.path.abspath(path)} {os.path.getsize(path)} {os.path.getmtime(path)}" for path in paths)
+
+
 def as_arrays(data, what, source):
     """What numpy.asarray takes -> images (N, C, H, W) uint8, or fields or vectors float32; and mean and std of either.
 
@@ -162,8 +168,8 @@ def as_arrays(data, what, source):
     data/cache until a file changes.
     """
     data = data if isinstance(data, Items) else channels_first(np.asarray(data))
-    images = data.dtype == np.uint8 and len(data.shape) == 4
-    if len(data.shape) not in (2, 4) or data.dtype.kind not in "iuf" or 0 in data.shape or (
+    images = data.dtype == np.uint8 and data.ndim == 4
+    if data.ndim not in (2, 4) or data.dtype.kind not in "iuf" or 0 in data.shape or (
             images and data.shape[1] not in CHANNELS):
         raise UserError(f"{source}: {what} are {data.dtype} of shape {data.shape}: expected vectors (N, D), fields "
                         "(N, C, H, W) of floats, or uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1, 3 "
@@ -173,8 +179,7 @@ def as_arrays(data, what, source):
     if not getattr(data, "names", ()):
         found = statistics(data, f"{source}: {what}")
         return data if isinstance(data, Items) else data.astype(np.float32), *found
-    files = [(os.path.abspath(path), os.path.getsize(path), os.path.getmtime(path)) for path in data.names]
-    path = kept("statistics", f"{files} {data.channels} {zlib.crc32(data.rows)}",
+    path = kept("statistics", f"{stamps(data.names)} {data.channels} {zlib.crc32(data.rows)}",
                 lambda file: np.save(file, statistics(data, source)))
     return data, *np.load(path).tolist()
 
@@ -185,11 +190,11 @@ def as_labels(labels, n, source):
         return None, 0
     labels = np.asarray(labels)
     if labels.shape != (n,) or labels.dtype.kind not in "iu":
-        raise UserError(f"{source}: labels are {labels.dtype} of shape {labels.shape}: expected whole numbers of shape "
-                        f"({n},)")
+        raise UserError(
+            f"{source}: labels are {labels.dtype} of shape {labels.shape}: expected whole numbers of shape ({n},)")
     if labels.min() < 0 or labels.max() >= max(n, 10_000):
-        raise UserError(f"{source}: labels run from {labels.min()} to {labels.max()}: expected the classes' numbers "
-                        "0, 1, 2, ...")
+        raise UserError(
+            f"{source}: labels run from {labels.min()} to {labels.max()}: expected the classes' numbers 0, 1, 2, ...")
     return labels.astype(np.int64), int(labels.max()) + 1
 
 
@@ -201,12 +206,12 @@ def make_dataset(data, labels, source="make_dataset", cond=None) -> Dataset:
     """
     data, mean, std = as_arrays(data, "data", source)
     labels, num_classes = as_labels(labels, len(data), source)
-    spec = DataSpec(data.shape[1:], num_classes, mean, std, data.dtype != np.uint8 and len(data.shape) == 4)
+    spec = DataSpec(data.shape[1:], num_classes, mean, std, data.dtype != np.uint8 and data.ndim == 4)
     if cond is not None:
         cond, *own = as_arrays(cond, "conditions", source)
         if len(cond) != len(data):
             raise UserError(f"{source}: there are {len(cond)} conditions for {len(data)} items: expected one for each")
-        same = (cond.dtype, len(cond.shape), cond.shape[1]) == (data.dtype, len(data.shape), data.shape[1])
+        same = (cond.dtype, cond.ndim, cond.shape[1]) == (data.dtype, data.ndim, data.shape[1])
         spec.cond_shape, (spec.cond_mean, spec.cond_std) = cond.shape[1:], (mean, std) if same else own
     return Dataset(data, labels, spec, cond=cond)
 
@@ -240,9 +245,9 @@ def digits(split) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
-    splits = train_test_split(np.arange(len(data.target)), test_size=297, stratify=data.target, random_state=0)
+    splits = train_test_split(range(1797), test_size=297, stratify=data.target, random_state=0)
     rows = np.sort(splits[SPLITS.index(split)])
-    return make_dataset(np.rint(data.images[rows] * (255 / 16)).astype(np.uint8)[:, None], data.target[rows])
+    return make_dataset(np.rint(data.images[rows] * (255 / 16)).astype(np.uint8), data.target[rows])
 
 
 def moons(split) -> Dataset:
@@ -260,7 +265,7 @@ def eight_gaussians(split) -> Dataset:
     from sklearn.datasets import make_blobs
 
     angles = np.arange(8) * np.pi / 4
-    centres = 2 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    centres = 2 * np.column_stack([np.cos(angles), np.sin(angles)])
     return make_dataset(*make_blobs(20_000, centers=centres, cluster_std=0.1, random_state=SPLITS.index(split)))
 
 
@@ -271,7 +276,7 @@ def checkerboard(split) -> Dataset:
     """
     rng = np.random.default_rng(SPLITS.index(split))
     labels = rng.integers(8, size=20_000)
-    corners = np.stack([labels % 4, 2 * (labels // 4) + labels % 2], axis=1)  # column + row is even
+    corners = np.column_stack([labels % 4, 2 * (labels // 4) + labels % 2])  # column + row is even
     return make_dataset(corners - 2 + rng.random((20_000, 2)), labels)
 
 
@@ -312,13 +317,13 @@ def image_folder(data_dir, image_size, split) -> Dataset:
         if os.path.isdir(f"{data_dir}/train") and os.path.isdir(f"{data_dir}/{test}"):
             folders = {"train": f"{data_dir}/train", "test": f"{data_dir}/{test}"}
     if split not in folders:
-        raise UserError(f"{data_dir} has no test split: expected class folders in {data_dir}/train and in "
-                        f"{data_dir}/test")
+        raise UserError(
+            f"{data_dir} has no test split: expected class folders in {data_dir}/train and in {data_dir}/test")
     folder, datasets = folders[split], import_torchvision().datasets
     try:
         images, classes = datasets.ImageFolder(folder), datasets.folder.find_classes(folders["train"])[0]
         paths, labels = zip(*images.samples)
-        listing = "\n".join(f"{path} {os.path.getsize(path)} {os.path.getmtime(path)}" for path in paths)
+        listing = stamps(paths)
     except OSError as error:
         raise UserError(f"{folder} is no folder of class folders of images ({first_line(error)}): expected "
                         "DATA_DIR/CLASS/IMAGE.jpg (or .png, ...); set --data_dir, or repair the folder") from error
@@ -330,10 +335,9 @@ def image_folder(data_dir, image_size, split) -> Dataset:
                         f"{', '.join(classes)}: expected the same")
 
     def write(file):
-        decode = functools.partial(decode_image, size=image_size)
         with ThreadPoolExecutor() as pool, Progress("decoding", len(paths), "image") as progress:
             for start in range(0, len(paths), 256):  # only so many decoded images wait in memory
-                for image in pool.map(decode, paths[start : start + 256]):
+                for image in pool.map(decode_image, paths[start : start + 256], itertools.repeat(image_size)):
                     file.write(image.tobytes())
                     progress.update()
 
@@ -352,12 +356,12 @@ def from_files(path, split, channels) -> Dataset:
     if split == "test" and suffix:
         root += "_test"
         if not os.path.exists(root + suffix):
-            raise UserError(f"there is no test split {root + suffix}: expected a file of the same kind as that for "
-                            "training")
+            raise UserError(
+                f"there is no test split {root + suffix}: expected a file of the same kind as that for training")
     path, other = root + suffix, f"{root}_cond{suffix}"
     if suffix == ".npz":
         try:
-            arrays = np.load(path, allow_pickle=False)
+            arrays = np.load(path)
             data, labels, cond = arrays["arr_0"], arrays.get("arr_1"), arrays.get("arr_2", arrays.get("cond"))
         except Exception as error:  # a damaged file fails in many ways
             raise UserError(f"cannot read {path} ({first_line(error)}): expected a .npz file of numbers, arr_0 and for "
@@ -417,13 +421,13 @@ def load_dataset(name, data_dir="data", image_size=32, download=False, split="tr
         if len(spec.shape) != 3:
             raise UserError(f"corruption {corruption} is for images and fields, not for data of shape {spec.shape}")
         try:
-            shape = dataset.cases(np.arange(1)).cond.shape[1:]
+            shape = dataset.cases([0]).cond[0, :-1].shape  # without the channel of ones
         except RuntimeError as error:
             raise UserError(f"corruption {corruption} fails on items of shape {spec.shape} ({first_line(error)}): use "
                             "another, or a smaller --downsample_factor") from error
-        spec.cond_shape = (shape[0] - 1, *shape[1:])  # of the data's channels, and perhaps a mask
-        spec.cond_mean, spec.cond_std = (((value * C)[:C] + [of_mask])[: shape[0] - 1]
-                                         for value, of_mask in ((spec.mean, 0.0), (spec.std, 1.0)))
+        spec.cond_shape = tuple(shape)  # of the data's channels, and perhaps a mask
+        spec.cond_mean = ((spec.mean * C)[:C] + [0.0])[: shape[0]]
+        spec.cond_std = ((spec.std * C)[:C] + [1.0])[: shape[0]]
     return dataset
 
 
@@ -474,18 +478,17 @@ class Batches:
     def indices(self, step) -> np.ndarray:
         """Indices (B,) of the global batch of this step, which may reach into the next epoch, or span several."""
         n, first = len(self.dataset.data), 0 if self.only_first else step * self.batch_size
-        last = first + self.batch_size
-        return np.concatenate([
-            epoch_order(n, self.seed, epoch, self.dataset.name)[max(first - epoch * n, 0) : last - epoch * n]
-            for epoch in range(first // n, -(-last // n))])
+        epochs, places = np.divmod(first + np.arange(self.batch_size), n)
+        return np.concatenate([epoch_order(n, self.seed, epoch, self.dataset.name)[places[epochs == epoch]]
+                               for epoch in np.unique(epochs)])
 
     def __call__(self, step, rows=slice(None)) -> list[Tensor | None]:
         if type(self.dataset.data) is not Items:
             return self.dataset[self.indices(step)[rows]]
         if self.following != (step, rows):
             order = (self.indices(later)[rows] for later in itertools.count(step))
-            loader = torch.utils.data.DataLoader(self.dataset, None, sampler=order, num_workers=self.num_workers)
-            self.loader = iter(loader)
+            self.loader = iter(
+                torch.utils.data.DataLoader(self.dataset, None, sampler=order, num_workers=self.num_workers))
         self.following = step + 1, rows
         try:
             return next(self.loader)

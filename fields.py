@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 from glob import glob
+from itertools import count, pairwise
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class Items:
     def __init__(self, source, rows=None):
         self.source, self.rows = source, np.arange(len(source)) if rows is None else rows
         first = self[[0]]
-        self.dtype, self.shape = first.dtype, (len(self), *first.shape[1:])
+        self.dtype, self.ndim, self.shape = first.dtype, first.ndim, (len(self), *first.shape[1:])
 
     def __len__(self):
         return len(self.rows)
@@ -65,7 +66,7 @@ class Frames(Items):
 
     def __init__(self, arrays, names=(), rows=None, channels=()):
         there = arrays[0].shape[1] if arrays[0].ndim == 4 and arrays[0].dtype != np.uint8 else 0
-        if channels and not 0 <= min(channels) <= max(channels) < there:
+        if not set(channels) <= set(range(there)):
             has = f"has 0 to {there - 1}" if there else "holds no fields"
             raise UserError(f"channels {tuple(channels)} are not all there: {names[0]} {has}")
         self.arrays, self.names, self.channels = arrays, names, list(channels)
@@ -88,10 +89,10 @@ class Frames(Items):
 
     def lagged(self, lag) -> tuple["Frames", "Frames"]:
         """The frames from `lag` on of each array, and those so many earlier. Raises UserError if one is short."""
-        for name, array in zip(self.names or map(str, range(len(self.arrays))), self.arrays):
+        for name, array in zip(self.names or count(), self.arrays):
             if len(array) <= lag:
                 raise UserError(f"lag {lag} is beyond trajectory {name} of {len(array)} frames: use a smaller --lag")
-        rows = np.concatenate([np.arange(a + lag, b) for a, b in zip(self.starts, self.starts[1:])])
+        rows = np.concatenate([np.arange(a + lag, b) for a, b in pairwise(self.starts)])
         return tuple(Frames(self.arrays, self.names, r, self.channels) for r in (rows, rows - lag))
 
 
@@ -100,13 +101,12 @@ def open_frames(paths, channels=()) -> Frames:
     arrays = []
     for path in paths:
         try:
-            arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
+            array = np.load(path, mmap_mode="r")
         except Exception as error:  # a damaged file fails in many ways
             raise UserError(f"cannot read {path} ({first_line(error)}): expected a .npy file of numbers") from error
-        if arrays[-1].ndim == 2:
-            arrays[-1] = np.array(arrays[-1])
-        here, first = (f"{a.dtype} {('N', *a.shape[1:])}" for a in (arrays[-1], arrays[0]))
-        if here != first or arrays[-1].dtype.kind not in "iuf" or arrays[-1].ndim < 2 or not arrays[-1].size:
+        arrays.append(np.array(array) if array.ndim == 2 else array)
+        here, first = (f"{a.dtype} {('N', *a.shape[1:])}" for a in (array, arrays[0]))
+        if here != first or array.dtype.kind not in "iuf" or array.ndim < 2 or not array.size:
             raise UserError(f"{path} holds {here}, and {paths[0]} {first}: expected numbers, and rows of one shape and "
                             "type in all files")
     return Frames(arrays, paths, channels=channels)
@@ -137,11 +137,10 @@ def statistics(data, source):
     with Progress("mean and standard deviation", n, "item") as progress:
         for chosen in np.array_split(rows, -(-n * size * data.shape[1] // 2**24)):
             part = np.asarray(data[chosen], np.float64).reshape(len(chosen), -1, size)
-            wrong = ~(np.abs(part) <= np.finfo(np.float32).max).all((1, 2))
-            if wrong.any():
-                bad = chosen[wrong.argmax()]
-                file = data.names[data.array_of(data.rows[bad])] if getattr(data, "names", ()) else source
-                raise UserError(f"{file}: item {bad} has values that are not finite in float32: expected finite "
+            bad = chosen[~(np.abs(part) <= np.finfo(np.float32).max).all((1, 2))]
+            if len(bad):
+                file = data.names[data.array_of(data.rows[bad[0]])] if getattr(data, "names", ()) else source
+                raise UserError(f"{file}: item {bad[0]} has values that are not finite in float32: expected finite "
                                 "numbers; remove or repair it")
             sums = sums + np.stack([part.sum((0, 2)), (part**2).sum((0, 2))])
             progress.update(len(part))
