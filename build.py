@@ -48,7 +48,7 @@ def check_settings(config: Config):
     coupling does not give, or if limits are in the wrong order. It takes neither data nor network.
     """
     settings = vars(config)
-    process = call_with_settings(make_process, settings)
+    process = make_process(**settings)
     time_sampler = make_time_sampler(config, process)
     for name, fix in (("sampler", "heun"), ("sde_sampler", "None")):
         if COUPLINGS[config.coupling] and settings[name] in SDE_SAMPLERS:
@@ -62,14 +62,15 @@ def check_settings(config: Config):
             raise UserError(f"{low} {settings[low]} is above {high} {settings[high]}: lower --{low}, or raise --{high}")
     one, model_type, target_type = torch.ones(1, 1), config.model_type, config.target_type
     field = Field(lambda x, t, label, cond: one, process, model_type)
-    for name, end, fix in (("T_min", config.T_min, "--T_min 1e-4"), ("T_max", config.T_max, "--T_max 0.9999")):
+    for name, fix in (("T_min", "1e-4"), ("T_max", "0.9999")):
+        end = settings[name]
         t = torch.tensor([end])
         c = process.coefs(t, ndim=2)
         values = {
             f"the target {target_type}": target(target_type, c, one, one),
             f"{target_type} from a network that predicts {model_type}":
                 convert(one, 2 * one, c, model_type, target_type),
-            f"the loss weighting {config.loss_weighting}": call_with_settings(loss_weight, settings, c=c),
+            f"the loss weighting {config.loss_weighting}": loss_weight(c, **settings),
             f"the velocity from a network that predicts {model_type}": field.velocity(2 * one, end),
         }
         if config.precondition:
@@ -81,8 +82,8 @@ def check_settings(config: Config):
             values[f"the score from a network that predicts {model_type}"] = field(2 * one, end, "score")
         for what, value in values.items():
             if not value.isfinite().all():
-                raise UserError(f"{name} {end}: {what} is not finite there; use {fix}")
-    call_with_settings(make_grid, {**settings, "process": process}, n=config.sampling_steps)
+                raise UserError(f"{name} {end}: {what} is not finite there; use --{name} {fix}")
+    make_grid(config.sampling_steps, **settings | {"process": process})
 
 
 def make_time_sampler(config: Config, process: Process) -> Uniform:
@@ -102,7 +103,7 @@ def build(config: Config, spec: DataSpec, device) -> tuple[Process, nn.Module]:
     if num_classes and "num_classes" not in parameters_of(network):
         raise UserError(f"class_conditional is set, but network {config.network} takes no num_classes: let it take "
                         "labels, or use --class_conditional False")
-    cond_shape = (spec.cond_shape[0] + 1, *spec.cond_shape[1:]) if spec.cond_shape else ()
+    cond_shape = spec.cond_shape and (spec.cond_shape[0] + 1, *spec.cond_shape[1:])  # with the channel of ones
     if cond_shape and "cond_shape" not in parameters_of(network):
         raise UserError(f"the data have a condition, but network {config.network} takes no cond_shape: let it take "
                         "conditions, as unet.py does")
@@ -113,11 +114,11 @@ def build(config: Config, spec: DataSpec, device) -> tuple[Process, nn.Module]:
                                  data_shape=spec.shape)
     except ValueError as error:
         raise UserError(str(error)) from error
-    process = call_with_settings(make_process, vars(config))
+    process = make_process(**vars(config))
     if config.precondition:
         net = Preconditioned(net, process)
-    image = len(spec.shape) == 3 and config.channels_last
-    return process, net.to(device, memory_format=torch.channels_last if image else torch.preserve_format)
+    # of the parameters, only those of convolutions have such a format
+    return process, net.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
 
 
 def check_condition(config: Config, spec: DataSpec):
@@ -184,8 +185,7 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
     rank fails, all raise UserError when all are done.
     """
     rows = share(cases.num)
-    steps = config.sampling_steps * len(rows) / config.sampling_batch_size
-    compiled = compiles(config, device, steps, SAMPLING_STEPS)
+    compiled = compiles(config, device, config.sampling_steps * len(rows) / config.sampling_batch_size, SAMPLING_STEPS)
 
     def watched(net):
         forward = torch.compile(net) if compiled else net
@@ -199,14 +199,14 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
 
         return network
 
-    batches = call_with_settings(
-        draw, {**vars(config), "guide": guide and watched(guide)}, net=watched(net), process=process, device=device,
-        rows=rows, shape=spec.shape, labels=cases.labels if config.class_conditional else None, cond=cases.cond,
-        sampler=sampler, batch_size=config.sampling_batch_size)
+    settings = vars(config) | dict(
+        net=watched(net), guide=guide and watched(guide), process=process, device=device, rows=rows, shape=spec.shape,
+        labels=cases.labels if config.class_conditional else None, cond=cases.cond, sampler=sampler,
+        batch_size=config.sampling_batch_size)
 
     def own_samples():
         samples, calls = [spec.decode(torch.empty(0, *spec.shape))], []  # of the right type, if this rank has no rows
-        for batch, calls_of_each in batches:
+        for batch, calls_of_each in draw(**settings):
             samples.append(spec.decode(batch).cpu())
             calls += [calls_of_each] * len(batch)
             progress.set_description(f"{sampler}: {len(calls)} of {len(rows)} samples", refresh=False)

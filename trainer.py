@@ -5,7 +5,6 @@ drawn for the whole global batch as a function of (seed, s), and each rank takes
 the number of ranks or on accumulation, except through dropout, and a run that resumes needs no random state.
 """
 
-import contextlib
 import math
 from dataclasses import replace
 from functools import partial
@@ -72,10 +71,8 @@ class DiffusionTrainer(Run):
         coupling = COUPLINGS[config.coupling]  # needs all rows
         rows = range(config.batch_size) if coupling else self.own_rows
         rows_of = slice(rows.start, rows.stop)
-        data, label, cond = self.batches(step, rows_of)
-        x0 = self.spec.encode(self.to_device(data))
-        label = self.to_device(label) if config.class_conditional else None
-        cond = None if cond is None else self.to_device(cond)
+        data, label, cond = map(self.to_device, self.batches(step, rows_of))
+        x0 = self.spec.encode(data)
         generator = torch.Generator(self.device).manual_seed(make_seed(config.seed, "step", step))
 
         def uniform():  # numbers for the global batch, of which the rows are taken
@@ -84,16 +81,14 @@ class DiffusionTrainer(Run):
         t = self.time_sampler(config.batch_size, self.device, generator)[rows_of]
         if self.spec.is_image and config.random_flip:
             flipped = append_dims(uniform() < 0.5, x0.ndim)
-            x0 = torch.where(flipped, x0.flip(-1), x0)
-            cond = torch.where(flipped, cond.flip(-1), cond) if cond is not None and cond.ndim == 4 else cond
+            x0, cond = (torch.where(flipped, x.flip(-1), x) if x is not None and x.ndim == 4 else x for x in (x0, cond))
         cond = self.dataset.condition(x0, cond, uniform_rows(rows, self.device, config.seed, "corruption", step))
         x1 = RowNoise(rows, self.spec.shape, self.device, config.seed, "noise", step)()
         if coupling:
             x1 = x1[coupling(x0, x1, label)]
-        if config.class_conditional or config.cond_dropout:  # the same number: both are hidden together
-            hidden = uniform()
-        if config.class_conditional:
-            label = label.masked_fill(hidden < config.label_dropout, self.spec.num_classes)
+        hidden = uniform()  # the same number for both: they are hidden together
+        label = (label.masked_fill(hidden < config.label_dropout, self.spec.num_classes)
+                 if config.class_conditional else None)
         if config.cond_dropout:
             cond = cond * append_dims(hidden >= config.cond_dropout, cond.ndim)
         importance = self.time_sampler.importance(t) if config.importance_weights else torch.ones_like(t)
@@ -109,7 +104,7 @@ class DiffusionTrainer(Run):
             out = self.forward(formatted(config, z + c.shift * m), batch.t, batch.label, batch.cond)
         out = without_mean(out.float(), c, config.model_type, m)
         prediction = convert(out, z, c, config.model_type, config.target_type)
-        weight = call_with_settings(loss_weight, vars(config), c=c).flatten()
+        weight = loss_weight(c, **vars(config)).flatten()
         error = prediction - target(config.target_type, c, batch.x0, batch.x1)
         return weight * error.square().flatten(1).mean(1)
 
@@ -133,7 +128,7 @@ class DiffusionTrainer(Run):
             if not self.save():
                 raise UserError(f"the checkpoint of step {self.step} cannot be written; make room, and the same "
                                 "command resumes from the last one, or from the start without one")
-            on_rank0(self.logger.finish if self.logger else None)
+            on_rank0(lambda: self.logger.finish())
         if number:
             raise Stopped(f"{signal_name(number)} at step {self.step}, with a checkpoint")
         print0(f"samples     {self.picture_path('ema', config.sampler)}\ncheckpoint  {folder}/{saving.LAST}\n"
@@ -155,12 +150,11 @@ class DiffusionTrainer(Run):
             # gradient, in parts; ranks exchange it once, in the last part
             parts, losses = batch.split(config.accumulation_steps), []
             for i, part in enumerate(parts):
-                exchange = world_size() == 1 or i == len(parts) - 1
-                with contextlib.nullcontext() if exchange else self.ddp.no_sync():
-                    part_losses = self.loss(part)
-                    # DDP takes the mean over ranks; a loss that is not finite spoils the gradient of all of them
-                    loss = (part.importance * part_losses).sum() * world_size() / config.batch_size
-                    loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))
+                self.ddp.require_backward_grad_sync = i == len(parts) - 1  # which DDP reads, as no_sync() sets it
+                part_losses = self.loss(part)
+                # DDP takes the mean over ranks; a loss that is not finite spoils the gradient of all of them
+                loss = (part.importance * part_losses).sum() * world_size() / config.batch_size
+                loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))
                 losses.append(part_losses.detach())
 
             # step, unless the gradient is not finite
@@ -175,7 +169,7 @@ class DiffusionTrainer(Run):
                 self.check_norms()
 
             # what happens every so many steps
-            if rank() == 0:
+            if self.logger:
                 self.logger.bar.update()
             if self.due(config.log_every):
                 self.log(rate)
@@ -188,8 +182,8 @@ class DiffusionTrainer(Run):
         return stop or agreed_stop()  # or in what a kill had prevented
 
     def to_device(self, x):
-        """Copies without waiting for a GPU."""
-        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
+        """Copies a tensor without waiting for a GPU. None stays None."""
+        return x if x is None or self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
 
 
 class Regression(DiffusionTrainer):
