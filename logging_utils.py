@@ -110,8 +110,8 @@ class Progress(tqdm):
 
     def __init__(self, what, total=None, unit="step"):
         self.terminal = sys.stderr.isatty()
-        done = "{n_fmt} of {total_fmt}" if total else "{n_fmt}"
-        lines = {"mininterval": 30, "delay": 30, "bar_format": "{desc}" + done + "{unit}"}
+        shown = "{desc}{n_fmt} of {total_fmt}{unit}" if total else "{desc}{n_fmt}{unit}"
+        lines = {"mininterval": 30, "delay": 30, "bar_format": shown}
         super().__init__(desc=f"{what}: ", total=total, unit=f" {unit}s", leave=False, disable=rank() > 0,
                          **BAR if self.terminal else lines)
 
@@ -219,8 +219,7 @@ def image_grid(images, columns, width=500):
 
     grid = import_torchvision().utils.make_grid(images[:, :3], nrow=columns, padding=1)
     image = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    factor = max(1, width // image.width)
-    return ImageOps.scale(image, factor, Image.Resampling.NEAREST)
+    return ImageOps.scale(image, max(1, width // image.width), Image.Resampling.NEAREST)
 
 
 def new_figure(width, height):
@@ -250,11 +249,11 @@ def draw_lines(axes, lines, **settings):
 
 
 def scatter_plot(samples, data=None):
-    """Samples (N, D), beside data (M, D) if given, first and last coordinate -> a PIL image."""
-    panels = {"samples": samples} if data is None else {"samples": samples, "data": data}
+    """Samples (N, D), beside 2,000 of the data (M, D) if given, first and last coordinate -> a PIL image."""
+    panels = {"samples": samples} if data is None else {"samples": samples, "data": data[:2000]}
     figure = new_figure(5 * len(panels), 5)
-    points = np.asarray(samples if data is None else data)[:, [0, -1]]
-    points = np.nan_to_num(points, posinf=0.0, neginf=0.0)
+    *_, points = panels.values()  # the data, if there are
+    points = np.nan_to_num(np.asarray(points)[:, [0, -1]], posinf=0.0, neginf=0.0)
     low, high = np.quantile(points, [0.001, 0.999], axis=0)  # a stray point sets no scale
     (x, y), reach = (low + high) / 2, 0.6 * (high - low).max() or 1.0
     for i, (title, points) in enumerate(panels.items(), 1):
@@ -270,7 +269,7 @@ def coloured(fields, columns):
 
     rows = []
     for row in fields[:, 0].split(columns):
-        low, high = row.min(), row.max()
+        low, high = row.aminmax()
         rows.append(colormaps["viridis"](((row - low) / (high - low).clamp(min=1e-12)).numpy(), bytes=True)[..., :3])
     return torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2)
 
@@ -283,7 +282,7 @@ def picture_of(samples, columns=None, data=None, cases=None, spec=None):
     are shown, or the first one for all of these.
     """
     if samples.ndim == 2:
-        return scatter_plot(samples, None if data is None else data[:2000])
+        return scatter_plot(samples, data)
     if cases and cases.cond is not None:
         rows = min(16, len(samples) // cases.times)
         parts = [samples[: rows * cases.times].unflatten(0, (rows, -1))]
@@ -295,7 +294,7 @@ def picture_of(samples, columns=None, data=None, cases=None, spec=None):
             parts.append(cases.truth[:rows, None])
         grid = torch.cat(parts, dim=1)
         samples, columns = grid.flatten(0, 1), grid.shape[1]
-    columns = columns or max(1, round(len(samples) ** 0.5))
+    columns = columns or round(len(samples) ** 0.5)
     return image_grid(coloured(samples, columns) if samples.is_floating_point() else samples, columns)
 
 
