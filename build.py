@@ -4,7 +4,6 @@ Training and sampling share what is here. To add an architecture, write a file s
 called as net(xt, t, label, cond), and give it a row in NETWORKS.
 """
 
-import math
 from dataclasses import replace
 
 import torch
@@ -60,12 +59,12 @@ def check_settings(config: Config):
     for low, high in (("guidance_t_min", "guidance_t_max"), ("churn_min", "churn_max")):
         if settings[low] > settings[high]:
             raise UserError(f"{low} {settings[low]} is above {high} {settings[high]}: lower --{low}, or raise --{high}")
-    one, model_type, target_type = torch.ones(1, 1), config.model_type, config.target_type
+    one, model_type, target_type = torch.ones(1), config.model_type, config.target_type
     field = Field(lambda x, t, label, cond: one, process, model_type)
     for name, fix in (("T_min", "1e-4"), ("T_max", "0.9999")):
         end = settings[name]
         t = torch.tensor([end])
-        c = process.coefs(t, ndim=2)
+        c = process.coefs(t)
         values = {
             f"the target {target_type}": target(target_type, c, one, one),
             f"{target_type} from a network that predicts {model_type}":
@@ -76,8 +75,7 @@ def check_settings(config: Config):
         if config.precondition:
             values["log(sigma / alpha), which precondition gives the network,"] = c.log_snr
         if config.importance_weights:  # may be infinite at an end that is never drawn, as for logit_normal
-            importance = time_sampler.importance(t).nan_to_num(math.nan, posinf=0.0)
-            values[f"the importance weight of {config.time_sampler}"] = importance
+            values[f"the importance weight of {config.time_sampler}"] = time_sampler.importance(t).clamp(max=1)
         if name == "T_max":  # no sampler needs the score at T_min: the last step is the ODE's
             values[f"the score from a network that predicts {model_type}"] = field(2 * one, end, "score")
         for what, value in values.items():

@@ -262,10 +262,9 @@ def eight_gaussians(split) -> Dataset:
 
     The label is the number of the Gaussian.
     """
-    from sklearn.datasets import make_blobs
+    from sklearn.datasets import make_blobs, make_circles
 
-    angles = np.arange(8) * np.pi / 4
-    centres = 2 * np.column_stack([np.cos(angles), np.sin(angles)])
+    centres = 2 * make_circles((8, 0), shuffle=False)[0]  # 8 points on the outer circle, none on an inner one
     return make_dataset(*make_blobs(20_000, centers=centres, cluster_std=0.1, random_state=SPLITS.index(split)))
 
 

@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     t: Tensor  # (B,)
     importance: Tensor  # (B,)
     label: Tensor | None  # (B,) int64
-    cond: Tensor | None = None  # (B, ...) what the network sees of the condition
+    cond: Tensor | None  # (B, ...) what the network sees of the condition
 
     def rows(self, rows):
         return Batch(*(None if x is None else x[rows.start : rows.stop] for x in self))
@@ -136,10 +136,10 @@ class DiffusionTrainer(Run):
 
     def loop(self, until):
         """The training loop, up to step `until`. Returns the number of the signal that stopped it, or 0."""
-        config, stop = self.config, 0
+        config = self.config
         self.net.train()
         self.restart_clock()
-        while self.step < until:
+        while self.step < until and not agreed_stop():
             # batch and rate, both functions of the step
             batch = self.prepare_batch(self.step)
             seed_torch(make_seed(config.seed, "dropout", self.step, rank()), self.device)
@@ -177,9 +177,7 @@ class DiffusionTrainer(Run):
                     self.save_failed and self.due(config.log_every)):
                 self.save()
             self.sample_and_evaluate()
-            if stop := agreed_stop():
-                break
-        return stop or agreed_stop()  # or in what a kill had prevented
+        return agreed_stop()
 
     def to_device(self, x):
         """Copies a tensor without waiting for a GPU. None stays None."""
