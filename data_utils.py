@@ -171,9 +171,9 @@ def as_arrays(data, what, source):
     images = data.dtype == np.uint8 and data.ndim == 4
     if data.ndim not in (2, 4) or data.dtype.kind not in "iuf" or 0 in data.shape or (
             images and data.shape[1] not in CHANNELS):
-        raise UserError(f"{source}: {what} are {data.dtype} of shape {data.shape}: expected vectors (N, D), fields "
-                        "(N, C, H, W) of floats, or uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1, 3 "
-                        "or 4")
+        raise UserError(
+            f"{source}: {what} are {data.dtype} of shape {data.shape}: expected vectors (N, D), fields (N, C, H, W) of "
+            "floats, or uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1, 3 or 4")
     if images:
         return data, [127.5], [127.5]
     if not getattr(data, "names", ()):
@@ -230,9 +230,9 @@ def from_torchvision(name, data_dir, download, split) -> Dataset:
         else:
             files = " and ".join(f"{data_dir}/{name}/raw/{file}" for file, _ in cls.resources)
             source = cls.mirrors[0]
-        raise UserError(f"{name} is not in {data_dir}, or is corrupt there, and cannot be downloaded "
-                        f"({first_line(error)}): put {files} there, from {source}, or run the preset 'digits', which "
-                        "needs no download") from error
+        raise UserError(
+            f"{name} is not in {data_dir}, or is corrupt there, and cannot be downloaded ({first_line(error)}): put "
+            f"{files} there, from {source}, or run the preset 'digits', which needs no download") from error
     return make_dataset(data.data, data.targets)
 
 
