@@ -207,8 +207,8 @@ PRESETS = {
         dataset="navier_stokes", lag=1, process="foellmer", base="condition", model_type="drift", target_type="drift",
         T_max=1.0, model_channels=32, channel_mults=(1, 2, 2), attention_resolutions=(), num_res_blocks=1,
         batch_size=32, num_training_steps=3000, base_lr=1e-3, warmup_steps=100, ema_decay=0.999,
-        sampler="euler_maruyama", sde_sampler=None, sde_diffusion="own", evaluation_samples=400, sample_every=1000,
-        save_every=1000, evaluate_every=3000,
+        sampler="stochastic_heun", sampling_steps=25, sde_sampler=None, sde_diffusion="own", evaluation_samples=400,
+        sample_every=1000, save_every=1000, evaluate_every=3000,
     ),
     "mnist": SHORT | MNIST | dict(
         dataset="mnist", num_training_steps=20_000, sample_every=2000, save_every=2000, evaluate_every=4000,

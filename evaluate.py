@@ -230,10 +230,11 @@ def forecasts(e: Evaluation):
             e.card["forecasts"][name] = values
             print0(f"{name:11} {in_words(values)}")
     if spec.is_field:
-        lines = {}
+        lines, e.card["spectra"] = {}, {}
         for name, samples in {"truth": given.truth, "samples": e.samples, **found}.items():
             power = spectrum(samples).numpy()
             lines[name] = range(1, len(power) + 1), power
+            e.card["spectra"][name] = power.tolist()
         e.pictures["spectrum"] = log_plot(lines, xlabel="wavenumber", ylabel="power", xscale="log")
 
 

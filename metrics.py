@@ -195,7 +195,7 @@ def compare_ensembles(samples, truth, spec):
     pairs = 2 * (torch.arange(1 - K, K, 2).double() @ x.sort(dim=1).values).mean() / max(K * (K - 1), 1)
     found = {"rmse": root_mean_square(x.mean(1) - y), "crps": (error.abs().mean() - pairs / 2).item()}
     if K > 1:
-        found["spread_over_error"] = (x.var(1).mean() * (K + 1) / K).sqrt().item() / found["rmse"]
+        found["spread_over_error"] = (x.var(1).mean() * (K + 1) / K).sqrt().item() / max(found["rmse"], 1e-12)
         found["outside"] = (error.sign().sum(1).abs() == K).double().mean().item()  # all errors of one sign
     if spec.is_image:
         found["psnr"] = 20 * math.log10(255 / spec.std[0] / max(root_mean_square(error), 1e-6))

@@ -5,6 +5,7 @@ drawn for the whole global batch as a function of (seed, s), and each rank takes
 the number of ranks or on accumulation, except through dropout, and a run that resumes needs no random state.
 """
 
+import contextlib
 import math
 from dataclasses import replace
 from functools import partial
@@ -150,11 +151,12 @@ class DiffusionTrainer(Run):
             # gradient, in parts; ranks exchange it once, in the last part
             parts, losses = batch.split(config.accumulation_steps), []
             for i, part in enumerate(parts):
-                self.ddp.require_backward_grad_sync = i == len(parts) - 1  # which DDP reads, as no_sync() sets it
-                part_losses = self.loss(part)
-                # DDP takes the mean over ranks; a loss that is not finite spoils the gradient of all of them
-                loss = (part.importance * part_losses).sum() * world_size() / config.batch_size
-                loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))
+                waits = world_size() > 1 and i < len(parts) - 1
+                with self.ddp.no_sync() if waits else contextlib.nullcontext():
+                    part_losses = self.loss(part)
+                    # DDP takes the mean over ranks; a loss that is not finite spoils the gradient of all of them
+                    loss = (part.importance * part_losses).sum() * world_size() / config.batch_size
+                    loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))
                 losses.append(part_losses.detach())
 
             # step, unless the gradient is not finite
