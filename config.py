@@ -3,7 +3,7 @@
 `Config` is flat, and one line is one setting. Its type says which values are allowed (a range, or the names of a
 dictionary), whether the setting may change when a run resumes, and whether sample.py and evaluate.py take it too. Its
 comment is what `--help` shows. To add a setting, add a line here and read it where it is needed; a class of a
-dictionary such as PROCESSES gets it by naming it in `__init__`. `PRESETS` hold only what differs from the defaults,
+dictionary such as PROCESSES gets it as an argument of its name. `PRESETS` hold only what differs from the defaults,
 which train CIFAR-10. `problems` finds settings that contradict each other.
 This file imports nothing of the project, and nothing heavy: `--help` and wrong settings answer at once.
 """
