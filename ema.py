@@ -14,7 +14,7 @@ from torch import nn
 class EMA:
     """`EMA(net, decay).net` is an averaged copy of `net`. Call `update` after each step of the optimizer."""
 
-    def __init__(self, net: nn.Module, decay: float):
+    def __init__(self, net: nn.Module, decay):
         self.decay, self.num_updates = decay, 0
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.averages, self.parameters = list(self.net.parameters()), list(net.parameters())

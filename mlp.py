@@ -21,8 +21,7 @@ class MLP(nn.Module):
     Raises ValueError for data and conditions that are no vectors.
     """
 
-    def __init__(self, data_shape: tuple[int], num_classes: int = 0, hidden_dim: int = 256, num_layers: int = 4,
-                 dropout: float = 0.0, cond_shape: tuple[int, ...] = ()):
+    def __init__(self, data_shape, num_classes=0, hidden_dim=256, num_layers=4, dropout=0.0, cond_shape=()):
         super().__init__()
         for shape in data_shape, cond_shape or (1,):
             if len(shape) != 1:

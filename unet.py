@@ -20,7 +20,7 @@ from torch import nn
 from utils import enlarged, zero
 
 
-def largest_divisor(n: int, most: int) -> int:
+def largest_divisor(n, most):
     """The largest divisor of n that is at most `most`; 1 for a `most` of 0."""
     return next(d for d in range(max(most, 1), 0, -1) if n % d == 0)
 
@@ -31,14 +31,14 @@ class GroupNorm(nn.GroupNorm):
     A group has at least 4 channels, unless the network has fewer.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels):
         super().__init__(largest_divisor(channels, min(32, channels // 4)), channels)
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
 
 
-def time_features(t, dim: int):
+def time_features(t, dim):
     """(B,) -> (B, dim): cosines and sines of 1000 t at geometric frequencies, from 1 down to nearly 1e-4.
 
     (Vaswani et al. 2017, section 3.5.)
@@ -51,7 +51,7 @@ def time_features(t, dim: int):
 class Conditioning(nn.Module):
     """t (B,), label (B,) or None and attributes (B, A) or None -> one vector (B, dim) that every block reads."""
 
-    def __init__(self, features: int, dim: int, num_classes: int, attributes: int):
+    def __init__(self, features, dim, num_classes, attributes):
         super().__init__()
         self.features = features
         self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -83,7 +83,7 @@ class Dropout(nn.Dropout):
 
 
 class ResBlock(nn.Module):
-    def __init__(self, channels_in: int, channels: int, emb_dim: int, dropout: float):
+    def __init__(self, channels_in, channels, emb_dim, dropout):
         super().__init__()
         self.norm1 = GroupNorm(channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
@@ -111,7 +111,7 @@ def attend(q, k, v):
 class Attention(nn.Module):
     """Self-attention over the pixels, in heads of 64 channels or the next larger divisor; one head may be smaller."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels):
         super().__init__()
         self.heads = largest_divisor(channels, channels // 64)
         self.norm = GroupNorm(channels)
@@ -145,10 +145,8 @@ class UNet(nn.Module):
     ValueError for data that are no images, sides that do not divide, and heights that do not occur.
     """
 
-    def __init__(self, data_shape: tuple[int, int, int], num_classes: int = 0, model_channels: int = 128,
-                 channel_mults: tuple[int, ...] = (1, 2, 2, 2), num_res_blocks: int = 2,
-                 attention_resolutions: tuple[int, ...] = (16,), dropout: float = 0.0,
-                 cond_shape: tuple[int, ...] = ()):
+    def __init__(self, data_shape, num_classes=0, model_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2,
+                 attention_resolutions=(16,), dropout=0.0, cond_shape=()):
         super().__init__()
         if len(data_shape) != 3:
             raise ValueError(f"unet takes images, not data of shape {tuple(data_shape)}: use --network mlp")
