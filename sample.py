@@ -2,10 +2,11 @@
 
 On two GPUs: `python launch.py --nproc-per-node=2 sample.py --ckpt ...`, or with `torchrun --nproc-per-node=2 --`.
 
-Writes OUT.npz with `arr_0`, uint8 images (N, H, W, C) or float32 vectors (N, D), and `arr_1`, labels (N,) int64 if the
-network takes labels, as the evaluation files of Dhariwal & Nichol 2021 have them; and OUT.png, a picture of the first
-samples. With a condition, samples are of the conditions in --cond FILE, or of test items, one after the other, and
---rollout 20 makes the samples the conditions of the next, 20 times: arr_0 is (N, 20, ...), and OUT.gif shows it.
+Writes OUT.npz with `arr_0`, uint8 images (N, H, W, C), float32 fields (N, C, H, W) or vectors (N, D), and `arr_1`,
+labels (N,) int64 if the network takes labels, as the evaluation files of Dhariwal & Nichol 2021 have them; and OUT.png,
+a picture of the first samples. With a condition, samples are of the conditions in --cond FILE, or of test items, one
+after the other, and --rollout 20 makes the samples the conditions of the next, 20 times: arr_0 is (N, 20, ...), and
+OUT.gif shows it.
 With `--trajectory True` also OUT.gif, an animation of the first samples on their way from noise to data.
 Sample i is a function of the seed and i, to rounding: neither the batch size nor the number of ranks changes it.
 """

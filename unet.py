@@ -2,10 +2,10 @@
 
 t is (B,), and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. cond is an image
 (B, C', h, w), enlarged and given to the first layer beside xt, or attributes (B, C'), which enter where the label does;
-its last channel is 1. All zeros mean "no condition", as None does. This is the network
-of Ho et al. 2020 (DDPM) with the residual blocks of Dhariwal & Nichol 2021 (ADM). Time and label scale and shift the
-output of the second norm of each block. There is self-attention in the middle, and at chosen resolutions. The last
-layers of each block, of each attention and of the network start at zero.
+its last channel is 1. All zeros mean "no condition", as None does. This is the network of Ho et al. 2020 (DDPM) with
+the residual blocks of Dhariwal & Nichol 2021 (ADM). Time and label scale and shift the output of the second norm of
+each block. There is self-attention in the middle, and at chosen resolutions. The last layers of each block, of each
+attention and of the network start at zero.
 
 To use another network, write a class with the same call, and give it a row in NETWORKS of build.py.
 """
