@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny
+from PIL import Image
 
 import data_utils
-from data_utils import Cases, DataSpec, load_dataset
-from evaluate import Evaluation, Options, evaluate
-from metrics import compare_ensembles, spectral_distance, spectrum
+from data_utils import Cases, DataSpec, load_dataset, make_dataset
+from evaluate import Evaluation, Options, evaluate, losses
+from fields import Items
+from metrics import Evaluator, compare_ensembles, spectral_distance, spectrum
 from sample import Loaded
+from sample import main as sample
 from trainer import TRAINERS, Regression
 from utils import UserError
 
@@ -222,3 +225,37 @@ def test_fields_are_compared_with_persistence_and_by_spectra(tmp_path):
     np.testing.assert_allclose(card["spectra"]["persistence"], card["spectra"]["truth"], rtol=1e-3)
     assert (tmp_path / "out" / "spectrum.png").exists() and "consistency" not in persistence
     assert card["metrics"]["crps"]["mean"] > 0.1 and isinstance(e.given, Cases)
+
+
+def test_a_rollout_of_images_has_its_channels_last(tmp_path):
+    """Frames of grey images, each with the one before as its condition."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (30, 8, 8), np.uint8))
+    np.save(tmp_path / "x_test.npy", np.random.default_rng(1).integers(0, 256, (30, 8, 8), np.uint8))
+    config = tiny(tmp_path, class_conditional=False, dataset=str(tmp_path / "x.npy"), lag=1)
+    TRAINERS[config.trainer](config, load_dataset(config.dataset, lag=1), CPU).train()
+    out = str(tmp_path / "out")
+    sample(["--ckpt", str(tmp_path / "digits" / "last.pt"), "--num", "4", "--samples_per_cond", "2", "--rollout", "3",
+            "--out", out, "--device", "cpu"])
+    found = np.load(out + ".npz")["arr_0"]
+    assert found.shape == (4, 3, 8, 8, 1) and found.dtype == np.uint8
+    assert Image.open(out + ".gif").n_frames == 3
+
+
+def test_the_loss_by_t_has_all_conditions(tmp_path, monkeypatch):
+    """cond_dropout hides conditions in training, and not where the loss is measured."""
+    config = tiny(tmp_path, class_conditional=False, corruption="downsample", cond_dropout=0.9)
+    TRAINERS[config.trainer](config, load_dataset("digits", **vars(config)), CPU).train()
+    options = Options(ckpt=str(tmp_path / "digits" / "last.pt"), out=str(tmp_path / "out"), num=40, loss_num=100)
+    e, ones = Evaluation(options, CPU), []
+    net = e.net
+    e.net = lambda xt, t, label, cond: ones.append(cond[:, -1].min().item()) or net(xt, t, label, cond)
+    losses(e, e.data["train"])
+    assert ones and min(ones) == 1
+
+
+def test_the_classifier_learns_clusters_of_items_that_are_read_one_at_a_time(monkeypatch):
+    monkeypatch.setattr("metrics.CLASSIFIER_STEPS", 3)
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
+    data = make_dataset(Items(list(images)), None)
+    found = Evaluator(data, data, CPU)(torch.from_numpy(images[:20, None]))
+    assert np.isfinite(list(found.values())).all()
