@@ -85,8 +85,8 @@ def make_trainer(options, device, folder, dataset=None):
     """A trainer that trains without end, and neither saves nor samples. The data are those of the options, or these."""
     config = dataclasses.replace(options, ckpt_dir=folder, run_name="benchmark", num_training_steps=10**9,
                                  sample_every=0, save_every=0, milestone_every=0, evaluate_every=0)
-    if options.dataset == "cifar10":  # which would be downloaded
-        dataset = dataset or make_dataset(np.full((50_000, 3, 32, 32), 127, np.uint8), np.arange(50_000) % 10)
+    if dataset is None and options.dataset == "cifar10":  # which would be downloaded
+        dataset = make_dataset(np.full((50_000, 3, 32, 32), 127, np.uint8), np.arange(50_000) % 10)
     dataset = dataset or load_dataset(options.dataset, **vars(options))
     trainer = TRAINERS[options.trainer](config, dataset, device)
     trainer.open_run()

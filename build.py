@@ -49,13 +49,9 @@ def check_settings(config: Config):
     settings = vars(config)
     process = make_process(**settings)
     time_sampler = make_time_sampler(config, process)
-    for name, fix in (("sampler", "heun"), ("sde_sampler", "None")):
-        if COUPLINGS[config.coupling] and settings[name] in SDE_SAMPLERS:
-            raise UserError(f"{name} {settings[name]} needs the score, which coupling {config.coupling} does not give, "
-                            f"since its noise is not independent of the data: use --{name} {fix}")
-        if process.at(config.T_max).sigma == 0 and settings[name] not in (None, *FROM_A_POINT):
-            raise UserError(f"{name} {settings[name]} cannot leave a point, which the base of process {config.process} "
-                            f"is at T_max {config.T_max}: use --{name} euler_maruyama, or --T_max 0.9999")
+    check_sampler(config, process, config.sampler)
+    if config.sde_sampler:
+        check_sampler(config, process, config.sde_sampler, "sde_sampler", "None")
     for low, high in (("guidance_t_min", "guidance_t_max"), ("churn_min", "churn_max")):
         if settings[low] > settings[high]:
             raise UserError(f"{low} {settings[low]} is above {high} {settings[high]}: lower --{low}, or raise --{high}")
@@ -82,6 +78,16 @@ def check_settings(config: Config):
             if not value.isfinite().all():
                 raise UserError(f"{name} {end}: {what} is not finite there; use --{name} {fix}")
     make_grid(config.sampling_steps, **settings | {"process": process})
+
+
+def check_sampler(config: Config, process: Process, sampler, name="sampler", fix="heun"):
+    """Raises UserError if this sampler, the setting `name`, needs what coupling or process do not give."""
+    if COUPLINGS[config.coupling] and sampler in SDE_SAMPLERS:
+        raise UserError(f"{name} {sampler} needs the score, which coupling {config.coupling} does not give, since its "
+                        f"noise is not independent of the data: use --{name} {fix}")
+    if process.at(config.T_max).sigma == 0 and sampler not in FROM_A_POINT:
+        raise UserError(f"{name} {sampler} cannot leave a point, which the base of process {config.process} is at "
+                        f"T_max {config.T_max}: use --{name} euler_maruyama, or --T_max 0.9999")
 
 
 def make_time_sampler(config: Config, process: Process) -> Uniform:
@@ -124,7 +130,7 @@ def check_condition(config: Config, spec: DataSpec):
     shape, needs, C = spec.cond_shape, "use --lag 1, --corruption downsample, or data with conditions", spec.shape[0]
     if config.cond_dropout and not shape:
         raise UserError(f"cond_dropout is set, but {config.dataset} has no condition: {needs}")
-    if config.base == "condition" and not (len(shape) == len(spec.shape) and shape[0] >= C):
+    if config.base == "condition" and not spec.cond_has_channels:
         raise UserError(f"base condition needs a condition with the {C} channels of the data, and {config.dataset} has "
                         f"{f'one of shape {shape}' if shape else 'none'}: {needs}, or --base noise")
     if shape and COUPLINGS[config.coupling]:
@@ -179,9 +185,10 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
     """Samples for the `cases`, of which each rank draws a share, and the mean network calls of one, on each rank's CPU.
 
     Samples are decoded: uint8 images, or float fields or vectors (num, ...). The network gets the labels if it is
-    class_conditional. The settings of sampling are those of `config`. `guide` is a network for autoguidance. If one
-    rank fails, all raise UserError when all are done.
+    class_conditional. The settings of sampling are those of `config`. `guide` is a network for autoguidance. Raises
+    UserError for a sampler that does not go with the settings; if one rank fails, all raise it when all are done.
     """
+    check_sampler(config, process, sampler)
     rows = share(cases.num)
     compiled = compiles(config, device, config.sampling_steps * len(rows) / config.sampling_batch_size, SAMPLING_STEPS)
 

@@ -71,6 +71,11 @@ class DataSpec:
     def is_image(self):
         return len(self.shape) == 3 and not self.is_field
 
+    @property
+    def cond_has_channels(self):
+        """Whether the condition has the data's channels, as images for images, so that it can be compared with them."""
+        return len(self.cond_shape) == len(self.shape) and self.cond_shape[0] >= self.shape[0]
+
     def encode(self, data):
         """Data (B, ...) as they are stored -> float32 on the network's scale."""
         mean, std = scale(data, self.mean, self.std)

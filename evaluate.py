@@ -211,7 +211,7 @@ def forecasts(e: Evaluation):
     if given.cond is None:
         return
     found, one = {}, cases(e.source, len(given.truth), 1, config.class_conditional)  # one sample of each condition
-    if len(spec.cond_shape) == len(spec.shape) and spec.cond_shape[0] >= spec.shape[0]:
+    if spec.cond_has_channels:
         found["persistence" if config.lag else "condition"] = spec.decode(first_channels(one.cond, spec.shape))
     if e.options.regression:
         run = Loaded(replace(e.options, ckpt=e.options.regression, guide=None), e.device)

@@ -25,7 +25,7 @@ from build import build, check_settings, read_data
 from command_line import fail, optional_settings, parse, start
 from config import Config, NotNegative, Positive, Within, out_of_range
 from data_utils import Cases, DataSpec, cases, load_dataset
-from distributed import gather_rows, on_rank0, print0, set_up
+from distributed import gather_rows, on_rank0, print0, rank0_first, set_up
 from logging_utils import coloured, image_grid, picture_of, save_picture
 from processes import PROCESSES
 from sampling import make_grid
@@ -115,14 +115,14 @@ class Loaded:
         calls of one: see build.draw_all.
         """
         config = replace(self.config, **changes)
-        check_settings(config)
         return look_up(TRAINERS, config.trainer).draw(
             config, self.spec, self.process, self.net, self.device, cases, config.sampler, self.guide)
 
 
 def conditions_of(path, run: Loaded) -> Cases:
     """Conditions in a file, each for `samples_per_cond` samples. Raises UserError if they are not such as the run's."""
-    data, shape, times = load_dataset(path), run.spec.cond_shape, run.config.samples_per_cond
+    data = rank0_first(lambda first: load_dataset(path))
+    shape, times = run.spec.cond_shape, run.config.samples_per_cond
     if data.spec.shape != shape:
         raise UserError(f"{path} holds items of shape {data.spec.shape}, and the network takes "
                         f"{f'conditions of shape {shape}' if shape else 'no condition'}")

@@ -72,8 +72,9 @@ class DiffusionTrainer(Run):
         coupling = COUPLINGS[config.coupling]  # needs all rows
         rows = range(config.batch_size) if coupling else self.own_rows
         rows_of = slice(rows.start, rows.stop)
-        data, label, cond = map(self.to_device, self.batches(step, rows_of))
-        x0 = self.spec.encode(data)
+        data, label, cond = self.batches(step, rows_of)
+        x0, cond = self.spec.encode(self.to_device(data)), self.to_device(cond)
+        label = self.to_device(label) if config.class_conditional else None
         generator = torch.Generator(self.device).manual_seed(make_seed(config.seed, "step", step))
 
         def uniform():  # numbers for the global batch, of which the rows are taken
@@ -87,9 +88,10 @@ class DiffusionTrainer(Run):
         x1 = RowNoise(rows, self.spec.shape, self.device, config.seed, "noise", step)()
         if coupling:
             x1 = x1[coupling(x0, x1, label)]
-        hidden = uniform()  # the same number for both: they are hidden together
-        label = (label.masked_fill(hidden < config.label_dropout, self.spec.num_classes)
-                 if config.class_conditional else None)
+        if config.class_conditional or config.cond_dropout:  # the same number: both are hidden together
+            hidden = uniform()
+        if config.class_conditional:
+            label = label.masked_fill(hidden < config.label_dropout, self.spec.num_classes)
         if config.cond_dropout:
             cond = cond * append_dims(hidden >= config.cond_dropout, cond.ndim)
         importance = self.time_sampler.importance(t) if config.importance_weights else torch.ones_like(t)

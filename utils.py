@@ -195,7 +195,7 @@ def import_torchvision():
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-        for name in [m for m in sys.modules if m.startswith("torchvision")]:
+        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -222,3 +222,15 @@ def test_unknown_errors_are_not_taken_for_little_memory():
     assert parts == [range(3, 5), range(5, 7), range(7, 8)]
     with pytest.raises(UserError, match="out of memory for a single item"):
         list(utils.in_batches(lambda part: (_ for _ in ()).throw(MemoryError()), range(1), 2))
+
+
+def test_a_sampler_that_cannot_leave_a_point_is_refused_where_it_draws(tmp_path):
+    config = tiny(tmp_path, class_conditional=False, process="foellmer", base="condition", model_type="drift",
+                  target_type="drift", T_max=1.0, corruption="downsample", sampler="euler_maruyama", sde_sampler=None)
+    build.check_settings(config)
+    data = load_dataset("digits", **vars(config))
+    process, net = build.build(config, data.spec, CPU)
+    cases = data.cases([0, 1])
+    assert draw_all(config, data.spec, process, net, CPU, cases, "euler_maruyama")[0].shape == (2, 1, 8, 8)
+    with pytest.raises(UserError, match="sampler heun cannot leave a point.*T_max 1.0: use --sampler euler_maruyama"):
+        draw_all(config, data.spec, process, net, CPU, cases, "heun")
