@@ -3,16 +3,14 @@
 Every check is a function of a process that returns one number, an error, and CHECKS says how large that may be. The
 tests hold the same numbers to the same bounds. The data are a mixture of three Gaussians in the plane.
 
-`GaussianMixture` (and, with a condition, `PairedMixture`) is data of which every prediction, density and likelihood is
-known exactly at any (x, t): if x0 is N(m, C), then xt = alpha x0 + sigma x1 is N(alpha m, alpha^2 C + sigma^2 I), and
-the expectations of x0 and x1 given xt are linear in xt. A mixture averages them by the probability of each component
-given xt. It is called as a network is. So conversions, samplers, guidance and likelihood run on it, and can be compared
-with what is exact.
+`GaussianMixture` is data of which every prediction, density and likelihood is known exactly at any (x, t): if x0 is
+N(m, C), then xt = alpha x0 + sigma x1 is N(alpha m, alpha^2 C + sigma^2 I), and the expectations of x0 and x1 given xt
+are linear in xt. A mixture averages them by the probability of each component given xt. It is called as a network is.
+So conversions, samplers, guidance and likelihood run on it, and can be compared with what is exact.
 
 To add a check, write such a function and give it a row in CHECKS; for a new sampler add a row to ORDERS or STEPS.
 """
 
-import copy
 import math
 import sys
 
@@ -34,11 +32,11 @@ STEPS = {"euler_maruyama": 200, "stochastic_heun": 50, "predictor_corrector": 10
 
 
 class GaussianMixture:
-    """x0 from N(means[k], covariances[k]) with probability weights[k]. Called as net(xt, t, label), it predicts `kind`.
+    """x0 from N(means[k], covariances[k]) with probability weights[k].
 
-    `means` (K, ...) have the shape of the data; `covariances` are (K, D, D), with D numbers in an item, or one variance
-    for all. `t` is (B,), or one time for all. `label` (B,) int64 is the component; K, or no label, stands for any of
-    them. All is computed in float64.
+    Called as net(xt, t, label, cond), it predicts `kind`. `means` (K, ...) have the shape of the data; `covariances`
+    are (K, D, D), with D numbers in an item, or one variance for all. `t` is (B,), or one time for all. `label` (B,)
+    int64 is the component; K, or no label, stands for any of them. All is computed in float64.
     """
 
     def __init__(self, process: Process, kind, means, covariances, weights=None):
@@ -65,7 +63,13 @@ class GaussianMixture:
         return c, y, variance, log_w + log_p
 
     def __call__(self, xt, t, label=None, cond=None):
-        """The prediction at xt (B, ...), in the type of xt. It has no condition."""
+        """The prediction at xt (B, ...), in the type of xt.
+
+        `cond` (B, D + 1) holds m (B, D), the mean of the base, on which x0 does not depend, and ones; None: m is 0.
+        """
+        if cond is not None:
+            m, c = cond[:, :-1], self.process.coefs(torch.as_tensor(t, dtype=torch.float64), 2)
+            return without_mean(self(xt - c.shift * m, t, label), c, self.kind, -m).to(xt.dtype)
         c, y, variance, log_p = self.components(xt, t, label)
         p, q = row(self.kind, c)
         # of a component: E[x0 | xt] = mean + alpha values y / variance, and E[x1 | xt] = sigma y / variance
@@ -97,58 +101,21 @@ class GaussianMixture:
         return there.reshape(x.shape).to(x.dtype)
 
 
-class PairedMixture(GaussianMixture):
-    """(x0, m) from N(means[k], covariances[k]) with probability weights[k], where m is the mean of the base.
-
-    Called as net(xt, t, label, cond), with cond (B, D + 1) of m and ones, it predicts `kind` given m. Without cond, m
-    is unknown, and that of the base is 0: this is the mixture of x0 alone. `means` (K, 2 D) are of x0 and then m,
-    `covariances` (K, 2 D, 2 D).
-    """
-
-    def __init__(self, process: Process, kind, means, covariances, weights):
-        D = means.shape[1] // 2
-        super().__init__(process, kind, means[:, :D], covariances[:, :D, :D], weights)
-        self.of_m = GaussianMixture(process, kind, means[:, D:], covariances[:, D:, D:], weights)
-        cross = covariances[:, :D, D:].double()
-        self.gain = cross @ torch.linalg.inv(self.of_m.covariances)
-        self.rest = GaussianMixture(process, kind, self.means, self.covariances - self.gain @ cross.mT, weights)
-
-    def given(self, m) -> GaussianMixture:
-        """x0 given each row of m (B, D), as a mixture for a batch of B rows."""
-        found = copy.copy(self.rest)
-        found.means = self.means + torch.einsum("kde,bke->bkd", self.gain, m.double()[:, None] - self.of_m.means)
-        found.log_weights = self.of_m.components(m, 0.0)[3].log_softmax(1)[None]
-        return found
-
-    def __call__(self, xt, t, label=None, cond=None):
-        """The prediction at xt (B, D), in the type of xt."""
-        if cond is None:
-            return super().__call__(xt, t)
-        m, c = cond[:, :-1], self.process.coefs(torch.as_tensor(t, dtype=torch.float64), 2)
-        return without_mean(self.given(m)(xt - c.shift * m, t), c, self.kind, -m).to(xt.dtype)
-
-
 M = torch.tensor([[0.3, -0.4]], dtype=torch.float64)  # the mean of the base, in all checks
 COND = torch.cat([M, torch.ones(1, 1)], dim=1)  # what the network gets of it
 
 
-def pairs(process: Process, kind="velocity") -> PairedMixture:
-    """x0 and m in the plane, correlated, of three Gaussians of weights 0.5, 0.3 and 0.2."""
-    generator = torch.Generator().manual_seed(1)
-    means, root = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (3, 4, 4)))
-    covariances = 0.15 * root @ root.mT + 0.05 * torch.eye(4)
-    return PairedMixture(process, kind, means, covariances, torch.tensor([0.5, 0.3, 0.2]))
-
-
 def mixture(process: Process, kind="velocity") -> GaussianMixture:
-    """x0 given m = M of these pairs: three Gaussians in the plane."""
-    law = pairs(process, kind).given(M)
-    return GaussianMixture(process, kind, law.means[0], law.covariances, law.log_weights[0, 0].exp())
+    """Three Gaussians in the plane, of weights 0.5, 0.3 and 0.2."""
+    generator = torch.Generator().manual_seed(1)
+    means, root = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 2), (3, 2, 2)))
+    covariances = 0.15 * root @ root.mT + 0.05 * torch.eye(2)
+    return GaussianMixture(process, kind, means, covariances, torch.tensor([0.5, 0.3, 0.2]))
 
 
 def given(process: Process, kind, n) -> Field:
-    """The exact field of x0 given m = M, for n rows: its network gets xt and the condition."""
-    return Field(pairs(process, kind), process, kind, cond=COND.expand(n, 3), m=M)
+    """The exact field of `mixture` around the mean M, for n rows: its network gets xt and the condition."""
+    return Field(mixture(process, kind), process, kind, cond=COND.expand(n, 3), m=M)
 
 
 def start(data: GaussianMixture, n, high, low) -> tuple[Field, Tensor, float, float]:
@@ -200,7 +167,7 @@ def conversion_error(process: Process):
     x0, _ = data.sample(64)
     c = process.coefs(t, 2)
     z = (c.alpha * x0 + c.sigma * torch.randn_like(x0)).requires_grad_()
-    y = {kind: without_mean(pairs(process, kind)(z + c.shift * M, t, None, COND.expand(64, 3)), c, kind, M)
+    y = {kind: without_mean(mixture(process, kind)(z + c.shift * M, t, None, COND.expand(64, 3)), c, kind, M)
          for kind in PREDICTIONS}
     exact = y | {"score": torch.autograd.grad(data.log_prob(z, t).sum(), z)[0]}
     return worst((convert(y[kind], z, c, kind, to), exact[to]) for kind in y for to in y)

@@ -3,6 +3,7 @@
 test_check.py compares every prediction and the law of samples given m with what is exact, for every process.
 """
 
+import copy
 import math
 
 import pytest
@@ -11,10 +12,10 @@ from conftest import make, tiny
 from torch.distributions import MultivariateNormal
 
 from build import check_settings
-from check import conversion_error, pairs, sde_error
+from check import GaussianMixture, conversion_error, sde_error
 from likelihood import log_likelihoods
 from prediction import PREDICTIONS
-from processes import PROCESSES, AroundMean, Foellmer, make_process
+from processes import PROCESSES, AroundMean, Foellmer, Process, make_process
 from sampling import DIFFUSIONS, SDE_SAMPLERS, Field, draw
 from utils import UserError
 
@@ -94,6 +95,43 @@ def test_a_base_that_is_not_reached(name):
 
 
 # ---- The oracle
+
+
+class PairedMixture(GaussianMixture):
+    """(x0, m) from N(means[k], covariances[k]) with probability weights[k], where m is the mean of the base.
+
+    Called as net(xt, t, label, cond), with cond (B, D + 1) of m and ones, it predicts `kind` given m. Without cond, m
+    is unknown, and that of the base is 0: this is the mixture of x0 alone. `means` (K, 2 D) are of x0 and then m,
+    `covariances` (K, 2 D, 2 D).
+    """
+
+    def __init__(self, process: Process, kind, means, covariances, weights):
+        D = means.shape[1] // 2
+        super().__init__(process, kind, means[:, :D], covariances[:, :D, :D], weights)
+        self.of_m = GaussianMixture(process, kind, means[:, D:], covariances[:, D:, D:], weights)
+        cross = covariances[:, :D, D:].double()
+        self.gain = cross @ torch.linalg.inv(self.of_m.covariances)
+        self.rest = GaussianMixture(process, kind, self.means, self.covariances - self.gain @ cross.mT, weights)
+
+    def given(self, m) -> GaussianMixture:
+        """x0 given each row of m (B, D), as a mixture for a batch of B rows."""
+        found = copy.copy(self.rest)
+        found.means = self.means + torch.einsum("kde,bke->bkd", self.gain, m.double()[:, None] - self.of_m.means)
+        found.log_weights = self.of_m.components(m, 0.0)[3].log_softmax(1)[None]
+        return found
+
+    def __call__(self, xt, t, label=None, cond=None):
+        """The prediction at xt (B, D), in the type of xt."""
+        law = self if cond is None else self.given(cond[:, :-1])
+        return GaussianMixture.__call__(law, xt, t, None, cond)
+
+
+def pairs(process: Process, kind="velocity") -> PairedMixture:
+    """x0 and m in the plane, correlated, of three Gaussians of weights 0.5, 0.3 and 0.2."""
+    generator = torch.Generator().manual_seed(1)
+    means, root = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (3, 4, 4)))
+    covariances = 0.15 * root @ root.mT + 0.05 * torch.eye(4)
+    return PairedMixture(process, kind, means, covariances, torch.tensor([0.5, 0.3, 0.2]))
 
 
 @pytest.mark.parametrize("kind", list(PREDICTIONS))
