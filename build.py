@@ -66,7 +66,7 @@ def check_settings(config: Config):
             f"{target_type} from a network that predicts {model_type}":
                 convert(one, 2 * one, c, model_type, target_type),
             f"the loss weighting {config.loss_weighting}": loss_weight(c, **settings),
-            f"the velocity from a network that predicts {model_type}": field.velocity(2 * one, end),
+            f"the velocity from a network that predicts {model_type}": field(2 * one, end, "velocity"),
         }
         if config.precondition:
             values["log(sigma / alpha), which precondition gives the network,"] = c.log_snr

@@ -53,7 +53,7 @@ def flow(field, x, t_from, t_to, probe=None, rtol=1e-5, atol=1e-5):
     def slope(t, state):
         with torch.enable_grad():
             y = state[0].detach().requires_grad_()
-            velocity = field.velocity(y, t)
+            velocity = field(y, t, "velocity")
             return velocity.detach(), -divergence(velocity, y, probe)
 
     return solve_adaptively(slope, (x, x.new_zeros(len(x))), t_from, t_to, rtol, atol)

@@ -118,10 +118,6 @@ class Field:
         converted = [convert(out, x, c, out_kind, kind) for kind in kinds]
         return converted[0] if len(kinds) == 1 else converted
 
-    def velocity(self, x, time):
-        """The velocity of the ODE at x (B, ...) and one time."""
-        return self(x, time, "velocity")
-
     def drift(self, x, time, eps):
         """The drift velocity - eps score of the SDE at x (B, ...) and one time."""
         velocity, score = self(x, time, "velocity", "score")
@@ -197,14 +193,14 @@ def make_grid(n, T_min, T_max, grid="uniform", **settings) -> list[float]:
 def euler(field, x, ts):
     """Euler's method: order 1, n network calls."""
     for t, t_next in pairwise(ts):
-        x = x + (t_next - t) * field.velocity(x, t)
+        x = x + (t_next - t) * field(x, t, "velocity")
     return x
 
 
 def heun_step(field, x, t, t_next):
     """One step of Heun's method: two network calls."""
-    velocity = field.velocity(x, t)
-    velocity_next = field.velocity(x + (t_next - t) * velocity, t_next)
+    velocity = field(x, t, "velocity")
+    velocity_next = field(x + (t_next - t) * velocity, t_next, "velocity")
     return x + (t_next - t) * (velocity + velocity_next) / 2
 
 
@@ -221,8 +217,8 @@ def heun(field, x, ts, denoise=False):
 def midpoint(field, x, ts):
     """The midpoint rule: order 2, 2n network calls."""
     for t, t_next in pairwise(ts):
-        middle = x + (t_next - t) / 2 * field.velocity(x, t)
-        x = x + (t_next - t) * field.velocity(middle, (t + t_next) / 2)
+        middle = x + (t_next - t) / 2 * field(x, t, "velocity")
+        x = x + (t_next - t) * field(middle, (t + t_next) / 2, "velocity")
     return x
 
 
@@ -231,10 +227,10 @@ def rk4(field, x, ts):
     """The classical Runge-Kutta method: order 4, 4n network calls. It also calls the network at ts[-1]."""
     for t, t_next in pairwise(ts):
         h, middle = t_next - t, (t + t_next) / 2
-        k1 = field.velocity(x, t)
-        k2 = field.velocity(x + h / 2 * k1, middle)
-        k3 = field.velocity(x + h / 2 * k2, middle)
-        k4 = field.velocity(x + h * k3, t_next)
+        k1 = field(x, t, "velocity")
+        k2 = field(x + h / 2 * k1, middle, "velocity")
+        k3 = field(x + h / 2 * k2, middle, "velocity")
+        k4 = field(x + h * k3, t_next, "velocity")
         x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     return x
 
@@ -264,7 +260,7 @@ def dopri5(field, x, ts, rtol=1e-5, atol=1e-5):
     Its steps follow from `rtol` and `atol`; it ignores the times of the grid in between. They are chosen for the batch
     as a whole, so within the tolerances a sample depends on the rest of its batch.
     """
-    return solve_adaptively(lambda t, state: (field.velocity(state[0], t),), (x,), ts[0], ts[-1], rtol, atol)[0]
+    return solve_adaptively(lambda t, state: (field(state[0], t, "velocity"),), (x,), ts[0], ts[-1], rtol, atol)[0]
 
 
 @torch.no_grad()

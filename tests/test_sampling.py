@@ -210,8 +210,8 @@ def test_heun_and_edm_churn_are_edms_algorithms(process):
             t = process.inverse(c.log_snr - 2 * math.log(factor)).item()
             x = process.at(t).alpha / c.alpha * (x + c.sigma * (factor**2 - 1) ** 0.5 * 0.5)
             if t_next is not None:
-                d, dt = field.velocity(x, t), t_next - t
-                x = x + dt / 2 * (d + field.velocity(x + dt * d, t_next))
+                d, dt = field(x, t, "velocity"), t_next - t
+                x = x + dt / 2 * (d + field(x + dt * d, t_next, "velocity"))
         torch.testing.assert_close(value, field(x, t, "x0"), rtol=1e-9, atol=1e-9)
 
 
@@ -411,10 +411,10 @@ def test_guidance_mixes_velocities(kind):
     """
     process = PROCESSES["cosine"]()
     net, x, label = mixture(process, kind), start(8), torch.arange(8) % 3
-    c, u = (Field(net, process, kind, label_or_none).velocity(x, 0.4) for label_or_none in (label, None))
+    c, u = (Field(net, process, kind, label_or_none)(x, 0.4, "velocity") for label_or_none in (label, None))
     assert not torch.allclose(c, u)
     for scale in (0.0, 1.0, 2.5):
-        torch.testing.assert_close(Field(net, process, kind, label, scale).velocity(x, 0.4), u + scale * (c - u))
+        torch.testing.assert_close(Field(net, process, kind, label, scale)(x, 0.4, "velocity"), u + scale * (c - u))
 
 
 def test_guidance_acts_inside_its_interval_only():
@@ -426,13 +426,13 @@ def test_guidance_acts_inside_its_interval_only():
 
     label = torch.zeros(6, dtype=torch.int64)
     limited = Field(counted, net.process, "velocity", label, 3.0, guidance_t_min=0.3, guidance_t_max=0.6)
-    outs = [limited.velocity(start(), t) for t in (0.29, 0.3, 0.6, 0.61)]
+    outs = [limited(start(), t, "velocity") for t in (0.29, 0.3, 0.6, 0.61)]
     assert calls == [(0.29, False), (0.3, False), (0.3, True), (0.6, False), (0.6, True), (0.61, False)]
     calls.clear()
-    Field(counted, net.process, "velocity", label, 3.0).velocity(start(), 1.2)  # as edm_churn may call it, beyond t = 1
+    Field(counted, net.process, "velocity", label, 3.0)(start(), 1.2, "velocity")  # edm_churn may go beyond t = 1
     assert calls == [(1.2, False), (1.2, True)]
     for out, t, scale in zip(outs, (0.29, 0.3, 0.6, 0.61), (1, 3, 3, 1)):
-        torch.testing.assert_close(out, Field(net, net.process, "velocity", label, scale).velocity(start(), t))
+        torch.testing.assert_close(out, Field(net, net.process, "velocity", label, scale)(start(), t, "velocity"))
 
 
 def test_autoguidance_leads_away_from_the_guide():
@@ -446,9 +446,9 @@ def test_autoguidance_leads_away_from_the_guide():
             seen.append(label)
             return worse(x, t)
 
-        out = Field(net, process, "velocity", label, 2.0, guide).velocity(start(), 0.4)
-        good = Field(net, process, "velocity", label).velocity(start(), 0.4)
-        bad = Field(worse, process, "velocity").velocity(start(), 0.4)
+        out = Field(net, process, "velocity", label, 2.0, guide)(start(), 0.4, "velocity")
+        good = Field(net, process, "velocity", label)(start(), 0.4, "velocity")
+        bad = Field(worse, process, "velocity")(start(), 0.4, "velocity")
         torch.testing.assert_close(out, bad + 2 * (good - bad))
         assert seen == [label]
 
@@ -470,7 +470,7 @@ def test_one_call_without_guidance(label, scale):
         calls.append(label)
         return x
 
-    Field(net, PROCESSES["rf"](), "velocity", label, scale).velocity(torch.zeros(2, 1), 0.5)
+    Field(net, PROCESSES["rf"](), "velocity", label, scale)(torch.zeros(2, 1), 0.5, "velocity")
     assert len(calls) == 1
 
 
