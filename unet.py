@@ -11,7 +11,6 @@ To use another network, write a class with the same call, and give it a row in N
 """
 
 import math
-from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -175,8 +174,7 @@ class UNet(nn.Module):
         self.down, skips = nn.ModuleList(), [channels]
         for level, width in enumerate(widths):
             if level > 0:
-                conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-                self.down.append(Layers([nn.Sequential(OrderedDict(conv=conv))]))
+                self.down.append(Layers([nn.Conv2d(channels, channels, 3, stride=2, padding=1)]))
                 skips.append(channels)
             for _ in range(num_res_blocks):
                 self.down.append(block(channels, width, level))
@@ -192,8 +190,7 @@ class UNet(nn.Module):
                 self.up.append(block(channels + skips.pop(), width, level))
                 channels = width
             if level > 0:
-                conv = nn.Conv2d(channels, channels, 3, padding=1)
-                self.up[-1].append(nn.Sequential(OrderedDict(enlarge=nn.Upsample(scale_factor=2.0), conv=conv)))
+                self.up[-1].extend([nn.Upsample(scale_factor=2.0), nn.Conv2d(channels, channels, 3, padding=1)])
 
         self.norm_out = GroupNorm(channels)
         self.out = zero(nn.Conv2d(channels, C, 3, padding=1))
