@@ -17,8 +17,8 @@ import math
 
 import torch
 
-from processes import BASES, Process
-from sampling import Field, solve_adaptively
+from processes import Process
+from sampling import field_of, solve_adaptively
 from utils import RowNoise, call_with_settings, in_batches, look_up
 
 # The vector e of Hutchinson's estimate, made from standard normal noise. None: the exact divergence.
@@ -87,23 +87,22 @@ def bits_per_dim(log_p, dims, bin_width=1 / 127.5):
 
 
 def log_likelihoods(net, process: Process, data, *, rows: range, device, seed, T_min, T_max, probe="rademacher",
-                    bin_width=0.0, labels=None, cond=None, base="noise", batch_size=100, **settings):
+                    bin_width=0.0, batch_size=100, **settings):
     """Yields log p, (B,) float32 in nats on `device`, of the items `rows` of `data` (N, ...), in order, in batches.
 
-    `data` are scaled as in training, `labels` (N,) are their labels, and `cond` (N, C, ...) their conditions. If
-    `bin_width` is not 0, uniform noise of this width dequantizes pixels whose values are `bin_width` apart;
-    `bits_per_dim` converts the result to bits. The probe and the noise of item i are functions of (seed, i): within the
-    tolerances, the result depends neither on `batch_size` nor on the number of ranks. `settings` may hold arguments of
-    `Field`, such as model_type, and of `flow`; others are ignored. Raises UserError for an unknown probe.
+    `data` are scaled as in training. If `bin_width` is not 0, uniform noise of this width dequantizes pixels whose
+    values are `bin_width` apart; `bits_per_dim` converts the result to bits. The probe and the noise of item i are
+    functions of (seed, i): within the tolerances, the result depends neither on `batch_size` nor on the number of
+    ranks. `settings` may hold arguments of `field_of`, such as the items' `labels` and `cond`; of `Field`, such as
+    model_type; and of `flow`. Others are ignored. Raises UserError for an unknown probe.
     """
     def log_p(batch: range):
         noise = RowNoise(batch, data.shape[1:], device, seed, "likelihood")
-        x0, label, given = (x if x is None else x[batch.start : batch.stop].to(device) for x in (data, labels, cond))
+        x0 = data[batch.start : batch.stop].to(device)
         if bin_width:
             x0 = x0 + bin_width * (torch.special.ndtr(noise()) - 0.5)
-        m = look_up(BASES, base)(given, data.shape[1:])
-        field = call_with_settings(Field, settings, net=net, process=process, label=label, cond=given, m=m)
-        x0 = x0 - process.at(T_min).shift * m  # what is not known of xt at T_min
+        field = field_of(batch, data.shape[1:], device, net=net, process=process, **settings)
+        x0 = x0 - process.at(T_min).shift * field.m  # what is not known of xt at T_min
         e = look_up(PROBES, probe)(noise)
         return call_with_settings(log_likelihood, settings, field=field, x0=x0, T_min=T_min, T_max=T_max, probe=e)
 

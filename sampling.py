@@ -401,22 +401,30 @@ SAMPLERS = ODE_SAMPLERS | SDE_SAMPLERS
 FROM_A_POINT = ("euler_maruyama", "stochastic_heun", "predictor_corrector")
 
 
+def field_of(rows: range, shape, device, labels=None, cond=None, base="noise", **settings) -> Field:
+    """The field of items of this shape for these `rows` of the labels (N,) and conditions (N, C, ...) of all.
+
+    `base` (a name in BASES) makes the mean of the base of cond. `settings` may hold the other arguments of `Field`.
+    """
+    label, cond = (x if x is None else x[torch.tensor(rows) % len(x)].to(device) for x in (labels, cond))
+    return call_with_settings(Field, settings, label=label, cond=cond, m=look_up(BASES, base)(cond, shape))
+
+
 def draw(net, process: Process, *, rows: range, shape, device, seed, sampler, sampling_steps, T_min, T_max,
-         grid="uniform", denoise=False, labels=None, cond=None, base="noise", batch_size=None, **settings):
+         grid="uniform", denoise=False, batch_size=None, **settings):
     """Yields the samples `rows`, in order, as batches (B, *shape) in float32 on `device`, each with its network calls.
 
     xt starts at `T_max`, as the mean of the base plus sigma(T_max) times noise, and ends at `T_min`. Sample i is a
     function of (seed, i), to rounding (dopri5: to its tolerance). It depends neither on `batch_size`, which is halved
-    where memory does not suffice, nor on how the samples are shared among ranks. `labels` (N,) and `cond` (N, C, ...)
-    are those of every sample from 0 on, not only of `rows`. `base` (a name in BASES) makes the mean of the base of
-    cond.
+    where memory does not suffice, nor on how the samples are shared among ranks.
 
     `denoise` returns the predicted x0 in place of xt at T_min. A sampler with an argument `denoise` does this as a step
     of its own, if the grid is one of NOISE_LEVEL_GRIDS, and if the error of x1, computed from the network's prediction
     at T_min, is less than MAX_ERROR_FACTOR times the network's. Else x0 is predicted after the sampler's last step.
 
-    `settings` may hold arguments of `Field`, such as model_type, of the grid and of the sampler; others are ignored.
-    Raises UserError for an unknown sampler or grid.
+    `settings` may hold arguments of `field_of`, such as `labels` and `cond` of every sample from 0 on, not only of
+    `rows`; of `Field`, such as model_type; of the grid and of the sampler. Others are ignored. Raises UserError for an
+    unknown sampler or grid.
     """
     settings = {**settings, "process": process}
     ts, solve = make_grid(sampling_steps, T_min, T_max, grid, **settings), look_up(SAMPLERS, sampler)
@@ -427,13 +435,11 @@ def draw(net, process: Process, *, rows: range, shape, device, seed, sampler, sa
     @torch.no_grad()
     def draw_batch(batch: range) -> tuple[Tensor, int]:
         noise = RowNoise(batch, shape, device, seed, "sample")
-        label, given = (x if x is None else x[torch.tensor(batch) % len(x)].to(device) for x in (labels, cond))
-        m = look_up(BASES, base)(given, shape)
-        field = call_with_settings(Field, settings, net=net, label=label, cond=given, m=m)
+        field = field_of(batch, shape, device, net=net, **settings)
         x = call_with_settings(solve, {**settings, "noise": noise, "denoise": sampler_denoises}, field=field,
                                x=process.at(T_max).sigma * noise(), ts=ts)
         if denoise and not sampler_denoises:
             x = field(x, T_min, "x0")
-        return x if denoise else x + c_end.shift * m, field.calls
+        return x if denoise else x + c_end.shift * field.m, field.calls
 
     yield from in_batches(draw_batch, rows, batch_size or len(rows))
