@@ -44,7 +44,7 @@ def check_run(config: Config, device):
 
 def check_settings(config: Config):
     """Raises UserError if training or sampling would divide by zero at T_min or T_max, or needs a score that the
-    coupling does not give, or if limits are in the wrong order. It takes neither data nor network.
+    coupling does not give. It takes neither data nor network.
     """
     settings = vars(config)
     process = make_process(**settings)
@@ -52,9 +52,6 @@ def check_settings(config: Config):
     check_sampler(config, process, config.sampler)
     if config.sde_sampler:
         check_sampler(config, process, config.sde_sampler, "sde_sampler", "None")
-    for low, high in (("guidance_t_min", "guidance_t_max"), ("churn_min", "churn_max")):
-        if settings[low] > settings[high]:
-            raise UserError(f"{low} {settings[low]} is above {high} {settings[high]}: lower --{low}, or raise --{high}")
     one, model_type, target_type = torch.ones(1), config.model_type, config.target_type
     field = Field(lambda x, t, label, cond: one, process, model_type)
     for name, fix in (("T_min", "1e-4"), ("T_max", "0.9999")):

@@ -249,11 +249,11 @@ def out_of_range(options):
     return found
 
 
-def problems(c: Config, world_size):
+def problems(c: Config, world_size=1, guide=None):
     """Settings out of range, or that contradict each other, one line each with the way out; none if all is well.
 
-    `world_size` is the number of ranks. What depends on the data or on a formula is checked where it is known
-    (data_utils.load_dataset, build.check_settings), also before any data is read.
+    `world_size` is the number of ranks, and `guide` a checkpoint for autoguidance. What depends on the data or on a
+    formula is checked where it is known (data_utils.load_dataset, build.check_settings), also before any data is read.
     """
     parts = world_size * c.accumulation_steps
     contradictions = {
@@ -271,9 +271,16 @@ def problems(c: Config, world_size):
             not 0 <= c.sigma_min < c.sigma_max,
         "coupling ot_within_class needs labels: use --class_conditional True, or --coupling ot":
             c.coupling == "ot_within_class" and not c.class_conditional,
-        f"guidance_scale {c.guidance_scale} needs a network that was trained without labels or condition too: use "
-        "--class_conditional True --label_dropout 0.1, or --cond_dropout 0.1, or --guidance_scale 1":
-            c.guidance_scale != 1 and not (c.class_conditional and c.label_dropout or c.cond_dropout),
+        f"guidance_scale {c.guidance_scale} needs a network that was trained without labels or condition too: train "
+        "with --class_conditional True --label_dropout 0.1, or --cond_dropout 0.1; or draw with a --guide, or with "
+        "--guidance_scale 1":
+            c.guidance_scale != 1 and not (guide or c.class_conditional and c.label_dropout or c.cond_dropout),
+        "guide does nothing at guidance_scale 1: use --guidance_scale 2, or leave --guide out":
+            guide and c.guidance_scale == 1,
+        f"guidance_t_min {c.guidance_t_min} is above guidance_t_max {c.guidance_t_max}: lower --guidance_t_min, or "
+        "raise --guidance_t_max": c.guidance_t_min > c.guidance_t_max,
+        f"churn_min {c.churn_min} is above churn_max {c.churn_max}: lower --churn_min, or raise --churn_max":
+            c.churn_min > c.churn_max,
         f"compile_mode {c.compile_mode} keeps gradients in CUDA graphs, where each of {c.accumulation_steps} parts of "
         "a batch overwrites the one before: use --compile_mode default, or --accumulation_steps 1":
             c.accumulation_steps > 1 and c.compile is not False

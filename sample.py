@@ -23,7 +23,7 @@ import torch
 import saving
 from build import build, check_settings, read_data
 from command_line import fail, optional_settings, parse, start
-from config import Config, NotNegative, Positive, Within, out_of_range
+from config import Config, NotNegative, Positive, Within, problems
 from data_utils import Cases, DataSpec, cases, load_dataset
 from distributed import gather_rows, on_rank0, print0, rank0_first, set_up
 from logging_utils import coloured, image_grid, picture_of, save_picture
@@ -94,21 +94,14 @@ class Loaded:
     """
 
     def __init__(self, options: Drawing, device):
-        self.options, self.device, self.guide = options, device, None
+        self.options, self.device = options, device
         self.state, config, self.spec, self.process, self.net = load_net(options.ckpt, options.weights, device)
         chosen = {name: value for name, value in vars(options).items() if hasattr(config, name) and value is not None}
         self.config = config = replace(config, **chosen)
-        for problem in out_of_range(config):
+        for problem in problems(config, guide=options.guide):
             raise UserError(problem)
         check_settings(config)
-        if options.guide:
-            self.guide = load_guide(options.guide, config, self.spec, device)
-            if config.guidance_scale == 1:
-                raise UserError("guide does nothing at guidance_scale 1: use --guidance_scale 2, or leave --guide out")
-        elif config.guidance_scale != 1 and not (
-                config.class_conditional and config.label_dropout or self.spec.cond_shape and config.cond_dropout):
-            raise UserError("guidance_scale needs a network trained with label_dropout or cond_dropout above 0, or a "
-                            "--guide: use --guidance_scale 1")
+        self.guide = load_guide(options.guide, config, self.spec, device) if options.guide else None
 
     def draw(self, cases: Cases, **changes):
         """Samples for these cases, with `changes` of the settings, drawn by the run's trainer, and the mean network

@@ -362,8 +362,6 @@ ENDS = dict(T_min=0.0, T_max=1.0)
      "T_min 0.*which precondition gives the network, is not finite there; use --T_min 1e-4"),
     (dict(**ENDS, time_sampler="edm_log_normal", importance_weights=True),
      "T_min 0.*importance weight of edm_log_normal"),
-    (dict(guidance_t_min=0.6, guidance_t_max=0.3), "lower --guidance_t_min"),
-    (dict(churn_min=2.0), "above churn_max 1.0"),
     (dict(**ENDS, grid="log_snr"), "grid log_snr.*--grid uniform"),
     (dict(time_sampler="edm_log_normal", edm_P_mean=50.0), "edm_P_mean 50.0 .*fewer than one time in 1,000"),
     (dict(coupling="ot", sde_sampler="ancestral"), "ancestral needs the score.*coupling ot.*--sde_sampler None"),
