@@ -66,7 +66,7 @@ def time_alternately(functions, options) -> dict[str, np.ndarray]:
     steps = {}
     for name, function in functions.items():
         function(1)
-        steps[name] = on_rank0(functools.partial(math.ceil, options.seconds / clock(function, 1)))
+        steps[name] = on_rank0(math.ceil, options.seconds / clock(function, 1))
     rounds = [[clock(function, steps[name]) for name, function in functions.items()] for _ in range(options.rounds)]
     return dict(zip(functions, np.array(rounds).T))
 
@@ -233,7 +233,7 @@ def main(arguments, options_class=Options):
     report = {"settings": vars(options)}
 
     def save():
-        on_rank0(lambda: write_atomically(options.out, json.dumps(report, indent=1)))
+        on_rank0(write_atomically, options.out, json.dumps(report, indent=1))
 
     with (set_up(options.device, options.tf32, options.timeout, options.cudnn_benchmark) as device,
           tempfile.TemporaryDirectory() as folder):

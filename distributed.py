@@ -60,8 +60,8 @@ def gather_rows(rows):
     return torch.cat(parts)
 
 
-def on_rank0(work):
-    """`work()` on rank 0 while the others wait; its result, something small, on all.
+def on_rank0(work, *arguments):
+    """`work(*arguments)` on rank 0 while the others wait; its result, something small, on all.
 
     Raises UserError on all if rank 0 met one, or could not read or write a file. Any other error is raised on rank 0,
     and as a UserError on the others.
@@ -69,7 +69,7 @@ def on_rank0(work):
     result = failure = bug = None
     if rank() == 0:
         try:
-            result = work()
+            result = work(*arguments)
         except (UserError, OSError) as error:
             failure = str(error)
         except Exception as error:

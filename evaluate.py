@@ -110,7 +110,7 @@ class Evaluation(Loaded):
                 "samples": options.num, "labels": config.class_conditional,
                 "samples_per_cond": times if spec.cond_shape else None,
                 "reference": {"split": options.reference, "items": len(reference.data),
-                              "sha256": on_rank0(lambda: content(reference.data))},
+                              "sha256": on_rank0(content, reference.data)},
                 "extractors": {type(network).__name__: network.sha256 for network in
                                (self.evaluator.extractor, self.evaluator.classifier) if network},
             },
@@ -369,7 +369,7 @@ def evaluate(e: Evaluation):
     for part in PARTS:
         part(e)
         e.save()  # the next part may fail
-    on_rank0(lambda: show_on_wandb(e))
+    on_rank0(show_on_wandb, e)
     print0(f"card        {e.folder}/card.json, with its pictures beside it")
     return e.card
 

@@ -224,9 +224,9 @@ def cached(kind, arrays, recipe, make):
     """
     key = on_rank0(lambda: digest([*map(content, arrays), recipe])[:16])
     path = f"{data_utils.CACHE}/{kind}-{key}.pt"
-    if not on_rank0(lambda: os.path.exists(path)):
+    if not on_rank0(os.path.exists, path):
         tensors = make()
-        on_rank0(lambda: write_tensors(path, tensors))
+        on_rank0(write_tensors, path, tensors)
 
     def read():
         try:
@@ -295,7 +295,7 @@ def make_classifier(train: Dataset, device) -> Classifier:
         net = Classifier(train.spec.shape, train.spec.num_classes or CLUSTERS).to(device)
 
     def trained():
-        on_rank0(lambda: train_classifier(net, train, device))
+        on_rank0(train_classifier, net, train, device)
         return net.state_dict()
 
     arrays = [array for array in (train.data, train.labels) if array is not None]

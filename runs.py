@@ -58,7 +58,7 @@ class Run:
         print0(f"{len(self.dataset.data):,} items of shape {self.spec.shape}, {config.network} of "
                f"{sum(p.numel() for p in self.net.parameters()):,} parameters")
         may_change = {name for name, found in marks(Config).items() if "may change" in found}
-        if path := on_rank0(lambda: saving.open_run(self.folder, vars(config), vars(Config()), may_change)):
+        if path := on_rank0(saving.open_run, self.folder, vars(config), vars(Config()), may_change):
             self.restore(path)
         on_rank0(lambda: setattr(self, "logger", Logger(self.folder, config, self.step)))
         if world_size() > 1:
@@ -166,7 +166,7 @@ class Run:
         self.net.eval()
         for weights, sampler in itertools.product(("raw", "ema"), samplers):
             path = self.picture_path(weights, sampler)
-            if on_rank0(lambda path=path: os.path.exists(path)):
+            if on_rank0(os.path.exists, path):
                 continue
             with self.failures_reported(f"grid of {weights} weights by {sampler}"):
                 samples = self.samples(weights, sampler, drawn_for)

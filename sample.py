@@ -208,13 +208,13 @@ def main(arguments):
         else:
             samples = states = run.draw(given)[0]
         arrays = [states.movedim(-3, -1) if spec.is_image else states] + [given.labels] * bool(classes)
-        on_rank0(lambda: write_atomically(f"{out}.npz", lambda file: np.savez(file, *arrays)))  # as arr_0 and arr_1
+        on_rank0(write_atomically, f"{out}.npz", lambda file: np.savez(file, *arrays))  # as arr_0 and arr_1
         shown = 100 if len(spec.shape) == 3 else None
         on_rank0(lambda: save_picture(picture_of(samples[:shown], cases=given, spec=spec), f"{out}.png"))
         if options.trajectory or options.rollout:
             first = given._replace(num=min(given.num, shown or 2000))
             frames = states[: first.num].transpose(0, 1) if options.rollout else trajectory(run, first)
-            on_rank0(lambda: save_trajectory(frames, spec, f"{out}.gif"))
+            on_rank0(save_trajectory, frames, spec, f"{out}.gif")
         print0(f"{given.num} samples of {options.weights} weights at step {run.state['step']}, by "
                f"{config.sampler}: {out}.npz and {out}.png")
 
