@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import saving
 from build import TRAINING_STEPS, compiles, read_data
 from config import Config, marks
-from data_utils import Cases, DataSpec, cases
+from data_utils import Cases, cases
 from distributed import agreed_stop, all_or_none, gather_rows, on_rank0, print0, rank, world_size
 from ema import EMA
 from logging_utils import Logger, picture_of
@@ -220,16 +220,13 @@ class Run:
     def restore(self, path):
         """Resumes the run from a checkpoint."""
         state = saving.load(path)
-        saving.check_data(path, vars(DataSpec(**state["data"])), vars(self.spec))
-        here = len(self.dataset.data)
-        if (items := state.get("items", here)) != here:
-            raise UserError(f"{path} was trained on {items} items, and here are {here}: give it the same data, or "
-                            "choose another --run_name")
+        saving.check_data(path, state["data"] | {"items": state["items"]},
+                          vars(self.spec) | {"items": len(self.dataset.data)})
         saving.restore(self.net, state["net"], path)
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = self.saved_step = state["step"]
         self.skipped = state["skipped"]
-        if rank() == 0:  # which takes the rows of all ranks; old checkpoints have none
-            self.window.append(state.get("window", self.window[0]).to(self.device))
+        if rank() == 0:  # which takes the rows of all ranks
+            self.window.append(state["window"].to(self.device))
         print0(f"resuming {self.folder} from step {self.step}")

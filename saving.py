@@ -105,7 +105,7 @@ def restore(net: nn.Module, weights, path):
 
 
 def check_data(path, there, here):
-    """Raises UserError if the checkpoint at `path` is of data with another shape, classes or scale."""
+    """Raises UserError if the checkpoint at `path` is of other data: shape, classes, scale or number of items."""
     for name, value in plain(here).items():
         # equal to rounding
         if np.shape(there[name]) != np.shape(value) or not np.allclose(there[name], value, rtol=1e-5):

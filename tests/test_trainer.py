@@ -217,7 +217,7 @@ def test_resuming_with_other_data_is_refused(tmp_path, digits):
     other = make_dataset(digits.data[:, :, :, :4], digits.labels)
     with pytest.raises(UserError, match=r"other data \(shape \[1, 8, 8\], here \[1, 8, 4\]\): .*--run_name"):
         make(tmp_path, other, num_training_steps=5)
-    with pytest.raises(UserError, match="trained on 1500 items, and here are 1499: .*--run_name"):
+    with pytest.raises(UserError, match=r"other data \(items 1500, here 1499\): .*--run_name"):
         make(tmp_path, make_dataset(digits.data[:-1], digits.labels[:-1]), num_training_steps=5)
     with pytest.raises(UserError, match=r"other data \(num_classes 10, here 8\)"):
         make(tmp_path, make_dataset(digits.data, digits.labels % 8), num_training_steps=5)
