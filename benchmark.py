@@ -119,7 +119,7 @@ def bare_network(trainer):
             backward()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-        trainer.ema.update()
+        trainer.ema.update(trainer.step)
 
     return backward, step
 
@@ -161,7 +161,7 @@ def measure_training(trainer):
         1 if sys.platform == "darwin" else 1024)
     flops = flops_of(lambda: backward(trainer.net))  # its gradients are for the updates of the next line
     times |= time_alternately({"clipping, optimizer and EMA": repeated(
-        lambda: (take_step(trainer.optimizer, config.grad_clip_norm), trainer.ema.update()))}, config)
+        lambda: (take_step(trainer.optimizer, config.grad_clip_norm), trainer.ema.update(trainer.step)))}, config)
 
     whole, bare = times["trainer"], times["bare network"]
     yield "trainer", {"images_per_s": config.batch_size / whole, "of_bare_network": bare / whole}

@@ -12,25 +12,17 @@ from torch import nn
 
 
 class EMA:
-    """`EMA(net, decay).net` is an averaged copy of `net`. Call `update` after each step of the optimizer."""
+    """`EMA(net, decay).net` is an averaged copy of `net`. Call `update(n)` after each step, with n steps before it."""
 
     def __init__(self, net: nn.Module, decay):
-        self.decay, self.num_updates = decay, 0
+        self.decay = decay
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.averages, self.parameters = list(self.net.parameters()), list(net.parameters())
         self.buffers = list(zip(self.net.buffers(), net.buffers()))
 
     @torch.no_grad()
-    def update(self):
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+    def update(self, n):
+        decay = min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
         for copied, buffer in self.buffers:
             copied.copy_(buffer)
-        self.num_updates += 1
-
-    def state_dict(self) -> dict:
-        return {"net": self.net.state_dict(), "num_updates": self.num_updates}
-
-    def load_state_dict(self, state: dict):
-        self.net.load_state_dict(state["net"])
-        self.num_updates = state["num_updates"]

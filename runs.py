@@ -192,7 +192,7 @@ class Run:
         return {
             "step": self.step,
             "net": self.net.state_dict(),
-            "ema": self.ema.state_dict(),
+            "ema": self.ema.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "items": len(self.dataset.data),
             "window": gather_rows(torch.cat(self.window)),
@@ -223,7 +223,7 @@ class Run:
         saving.check_data(path, state["data"] | {"items": state["items"]},
                           vars(self.spec) | {"items": len(self.dataset.data)})
         saving.restore(self.net, state["net"], path)
-        self.ema.load_state_dict(state["ema"])
+        self.ema.net.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = self.saved_step = state["step"]
         self.skipped = state["skipped"]

@@ -69,7 +69,7 @@ def load_net(path, weights, device):
         raise UserError(f"{path} was made by another version of this code ({error}): use that version") from error
     spec.shape, spec.cond_shape = tuple(spec.shape), tuple(spec.cond_shape)
     process, net = build(config, spec, device)
-    saving.restore(net, state["ema"]["net"] if weights == "ema" else state["net"], path)
+    saving.restore(net, state["ema" if weights == "ema" else "net"], path)
     return state, config, spec, process, net.eval()
 
 

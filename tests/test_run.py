@@ -39,7 +39,7 @@ def test_one_rank_two_ranks_and_two_accumulation_steps_agree(tmp_path, changes):
     for name, (other_losses, other_norms, other) in runs.items():
         assert other_losses == pytest.approx(losses, rel=1e-4), name
         assert other_norms == pytest.approx(norms, rel=1e-2), name
-        for part, other_part in ((state["net"], other["net"]), (state["ema"]["net"], other["ema"]["net"])):
+        for part, other_part in ((state["net"], other["net"]), (state["ema"], other["ema"])):
             for key in part:
                 torch.testing.assert_close(other_part[key], part[key], rtol=0, atol=1e-4)
 

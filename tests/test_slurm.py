@@ -268,7 +268,7 @@ def check_second_part(job: Job, straight: Job) -> None:
     (expected, expected_lines), (state, lines) = content(straight), content(job)
     assert state["step"] == STEPS and [line["step"] for line in lines] == list(range(5, STEPS + 1, 5))
     assert lines == expected_lines
-    for weights, right in ((state["net"], expected["net"]), (state["ema"]["net"], expected["ema"]["net"])):
+    for weights, right in ((state["net"], expected["net"]), (state["ema"], expected["ema"])):
         assert weights.keys() == right.keys() and all(torch.equal(weights[name], right[name]) for name in right)
 
 
