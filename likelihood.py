@@ -59,18 +59,14 @@ def flow(field, x, t_from, t_to, probe=None, rtol=1e-5, atol=1e-5):
     return solve_adaptively(slope, (x, x.new_zeros(len(x))), t_from, t_to, rtol, atol)
 
 
-def log_normal(x, std):
-    """log N(x; 0, std^2 I), (B,), for x (B, ...)."""
-    return -0.5 * ((x.flatten(1) / std) ** 2 + math.log(2 * math.pi * std**2)).sum(1)
-
-
 def log_likelihood(field, x0, T_min, T_max, probe=None, log_prior=None, rtol=1e-5, atol=1e-5):
     """log p(x0), (B,), in nats, of data x0 (B, ...) at T_min.
 
     `log_prior(x)` is the log-density (B,) at T_max, by default that of N(0, sigma(T_max)^2 I).
     """
     x1, change = flow(field, x0, T_min, T_max, probe, rtol, atol)
-    return (log_prior(x1) if log_prior else log_normal(x1, field.process.at(T_max).sigma.item())) - change
+    base = torch.distributions.Normal(0.0, field.process.at(T_max).sigma, validate_args=False)
+    return (log_prior(x1) if log_prior else base.log_prob(x1).flatten(1).sum(1)) - change
 
 
 def bits_per_dim(log_p, dims, bin_width=1 / 127.5):
