@@ -89,10 +89,13 @@ def on_rank0(work, *arguments):
 
 
 def rank0_first(work):
-    """`work(True)` on rank 0, and then `work(False)` on the others, which find what rank 0 fetched or made."""
+    """`work(True)` on rank 0, and then `work(False)` on the others, which find what rank 0 fetched or made.
+
+    If it raises UserError on one, it does so on all.
+    """
     results = []
     on_rank0(lambda: results.append(work(True)))
-    return results[0] if results else work(False)
+    return all_or_none(lambda: results[0] if results else work(False))
 
 
 def all_or_none(work):

@@ -30,7 +30,7 @@ from command_line import fail, parse, start
 from conditions import CORRUPTIONS
 from config import HERE, NotNegative, Positive, Within
 from data_utils import Cases, Dataset, cases
-from distributed import all_or_none, gather_rows, on_rank0, print0, set_up, share, world_size
+from distributed import gather_rows, on_rank0, print0, set_up, share, world_size
 from likelihood import bits_per_dim, log_likelihoods
 from logging_utils import (
     Progress,
@@ -85,7 +85,7 @@ class Evaluation(Loaded):
         options.num = options.num or (1000 if spec.is_image else 5000)
         self.data = {"train": read_data(config, "train", spec)}
         try:
-            self.data["test"] = all_or_none(lambda: read_data(config, "test", spec))
+            self.data["test"] = read_data(config, "test", spec)
         except UserError as error:
             if options.reference == "test":
                 raise

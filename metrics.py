@@ -334,7 +334,7 @@ class Inception(nn.Module):
                 raise UserError(f"cannot get Inception's weights ({first_line(error)}): download {url} "
                                 f"and put it at {path}, or use --extractor classifier") from error
 
-        self.net = all_or_none(lambda: rank0_first(load)).to(device)
+        self.net = rank0_first(load).to(device)
         self.sha256 = digest(self.net.state_dict())
 
     def forward(self, images):
