@@ -57,7 +57,7 @@ class Logger:
 
     def evaluated(self, step):
         """Whether there is a line of an evaluation at this step."""
-        return any(line["step"] == step and line.get("kind") == "evaluation" for line in self.lines)
+        return any(line["step"] == step and line["kind"] == "evaluation" for line in self.lines)
 
     def write_all(self):
         """Writes metrics.jsonl anew, down to the disk, with lines for which the disk had no room.
@@ -265,13 +265,11 @@ def scatter_plot(samples, data=None):
 
 def coloured(fields, columns):
     """The first channel of fields (N, C, H, W) as uint8 images (N, 3, H, W): viridis, with one scale for a row."""
-    from matplotlib import colormaps
+    from matplotlib import colormaps, colors
 
-    rows = []
-    for row in fields[:, 0].split(columns):
-        low, high = row.aminmax()
-        rows.append(colormaps["viridis"](((row - low) / (high - low).clamp(min=1e-12)).numpy(), bytes=True)[..., :3])
-    return torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2)
+    rows = fields[:, 0].split(columns)
+    found = [colormaps["viridis"](colors.Normalize()(row.numpy()), bytes=True)[..., :3] for row in rows]
+    return torch.from_numpy(np.concatenate(found)).permute(0, 3, 1, 2)
 
 
 def picture_of(samples, columns=None, data=None, cases=None, spec=None):
