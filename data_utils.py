@@ -339,7 +339,7 @@ def image_folder(data_dir, image_size, split) -> Dataset:
                         f"{', '.join(classes)}: expected the same")
 
     def write(file):
-        with ThreadPoolExecutor() as pool, Progress("decoding", len(paths), "image") as progress:
+        with ThreadPoolExecutor() as pool, Progress("decoding", paths, "image") as progress:
             for start in range(0, len(paths), 256):  # only so many decoded images wait in memory
                 for image in pool.map(decode_image, paths[start : start + 256], itertools.repeat(image_size)):
                     file.write(image.tobytes())

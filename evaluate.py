@@ -253,7 +253,7 @@ def likelihood(e: Evaluation):
         process=e.process, rows=rows, device=e.device, bin_width=bin_width, guidance_scale=1.0,
         labels=items.labels if e.config.class_conditional else None, cond=items.cond,
         probe="exact" if dims <= 16 else "rademacher")
-    with Progress("likelihood", len(rows), "item") as progress:
+    with Progress("likelihood", rows, "item") as progress:
         for log_p in log_likelihoods(e.net, data=spec.encode(items.truth), **settings):
             parts.append(log_p.cpu())
             progress.update(len(log_p))
@@ -319,11 +319,10 @@ def losses(e: Evaluation, data: Dataset) -> np.ndarray:
     trainer = look_up(TRAINERS, c.trainer)(c, data, e.device)
     trainer.forward = e.net
     found, steps = [], math.ceil(e.options.loss_num / c.batch_size)
-    with Progress("loss by t", steps, "batch") as progress, torch.no_grad():
-        for step in range(steps):
+    with torch.no_grad():
+        for step in Progress("loss by t", range(steps), "batch"):
             batch = trainer.prepare_batch(step)
             found.append(torch.stack([batch.t, trainer.loss(batch)], dim=1))
-            progress.update()
     return gather_rows(torch.cat(found)).double().T.numpy()
 
 

@@ -134,7 +134,7 @@ def statistics(data, source):
     """
     n = min(len(data), 1000) if type(data) is Items else len(data)
     rows, size, sums = np.linspace(0, len(data) - 1, n).astype(int), math.prod(data.shape[2:]), 0.0
-    with Progress("mean and standard deviation", n, "item") as progress:
+    with Progress("mean and standard deviation", rows, "item") as progress:
         for chosen in np.array_split(rows, -(-n * size * data.shape[1] // 2**24)):
             part = np.asarray(data[chosen], np.float64).reshape(len(chosen), -1, size)
             bad = chosen[~(np.abs(part) <= np.finfo(np.float32).max).all((1, 2))]
@@ -178,13 +178,11 @@ def vorticity(trajectories, frames, seed, size=32, solved_at=64, interval=0.5, d
     waves = torch.fft.rfft2(torch.cat([phases.sin(), phases.cos()]))
     w, found, every = torch.fft.rfft2(torch.zeros(trajectories, n, n) + initial), [], round(interval / dt)
     steps = round(rest / dt) + every * frames
-    with Progress("solving Navier-Stokes", steps) as progress:
-        for step in range(steps):
-            slope = transport(w)
-            ahead = decay * (w + dt * slope)
-            kick = stirring * dt**0.5 * torch.randn(trajectories, len(waves), generator=generator)
-            w = decay * (w + dt / 2 * slope) + dt / 2 * transport(ahead) + torch.einsum("bk,kij->bij", kick + 0j, waves)
-            if (step + 1) % every == 0:
-                found.append(torch.fft.irfft2(w * shown)[:, :: n // size, :: n // size])
-            progress.update()
+    for step in Progress("solving Navier-Stokes", range(steps)):
+        slope = transport(w)
+        ahead = decay * (w + dt * slope)
+        kick = stirring * dt**0.5 * torch.randn(trajectories, len(waves), generator=generator)
+        w = decay * (w + dt / 2 * slope) + dt / 2 * transport(ahead) + torch.einsum("bk,kij->bij", kick + 0j, waves)
+        if (step + 1) % every == 0:
+            found.append(torch.fft.irfft2(w * shown)[:, :: n // size, :: n // size])
     return torch.stack(found[-frames:], 1)[:, :, None].numpy()

@@ -105,14 +105,14 @@ BAR = {"ncols": shutil.get_terminal_size().columns, "nrows": 24}
 class Progress(tqdm):
     """How far long work has come, on rank 0: a bar on a terminal, a line every 30 seconds in a log file.
 
-    Used in a `with`.
+    It gives the items of `work` one by one in a `for`. In a `with` it is updated.
     """
 
-    def __init__(self, what, total=None, unit="step"):
+    def __init__(self, what, work=None, unit="step"):
         self.terminal = sys.stderr.isatty()
-        shown = "{desc}{n_fmt} of {total_fmt}{unit}" if total else "{desc}{n_fmt}{unit}"
+        shown = "{desc}{n_fmt}{unit}" if work is None else "{desc}{n_fmt} of {total_fmt}{unit}"
         lines = {"mininterval": 30, "delay": 30, "bar_format": shown}
-        super().__init__(desc=f"{what}: ", total=total, unit=f" {unit}s", leave=False, disable=rank() > 0,
+        super().__init__(work, desc=f"{what}: ", unit=f" {unit}s", leave=False, disable=rank() > 0,
                          **BAR if self.terminal else lines)
 
     def display(self, msg=None, pos=None):

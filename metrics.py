@@ -273,18 +273,16 @@ def train_classifier(net: Classifier, train: Dataset, device):
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, CLASSIFIER_RATE, CLASSIFIER_STEPS)
     generator = torch.Generator().manual_seed(0)
-    with Progress("training the classifier", CLASSIFIER_STEPS) as progress:
-        for _ in range(CLASSIFIER_STEPS):
-            if number := stop_requested():  # in training, which defers the signals
-                raise UserError(f"stopped by {signal_name(number)}")
-            rows = np.sort(torch.randint(len(labels), (CLASSIFIER_BATCH,), generator=generator).numpy())
-            images, target = (torch.from_numpy(array[rows]).to(device) for array in (train.data, labels))
-            loss = nn.functional.cross_entropy(net.head(net(images)), target.long())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            progress.update()
+    for _ in Progress("training the classifier", range(CLASSIFIER_STEPS)):
+        if number := stop_requested():  # in training, which defers the signals
+            raise UserError(f"stopped by {signal_name(number)}")
+        rows = np.sort(torch.randint(len(labels), (CLASSIFIER_BATCH,), generator=generator).numpy())
+        images, target = (torch.from_numpy(array[rows]).to(device) for array in (train.data, labels))
+        loss = nn.functional.cross_entropy(net.head(net(images)), target.long())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
 
 
 def make_classifier(train: Dataset, device) -> Classifier:

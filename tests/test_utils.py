@@ -154,7 +154,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(monkeypatch, capsys)
     """In a log file the first line comes after 30 s, and then one every 30 s."""
     now = [0.0]
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
-    with Progress("decoding", 100, "image") as progress:
+    with Progress("decoding", range(100), "image") as progress:
         for n, now[0] in ((1, 10.0), (2, 40.0), (3, 50.0)):
             progress.update(n)
     with Progress("heun: 0 of 4 samples", unit="network call") as progress:
@@ -163,7 +163,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(monkeypatch, capsys)
     assert capsys.readouterr().out == "decoding: 3 of 100 images\nheun: 0 of 4 samples: 3 network calls\n"
     monkeypatch.undo()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with Progress("decoding", 100, "image") as progress:
+    with Progress("decoding", range(100), "image") as progress:
         progress.set_description("still decoding", refresh=False)
         progress.update(30)
         assert progress.n == 30 and "still decoding:  30%" in str(progress)
@@ -176,7 +176,7 @@ def test_a_terminal_without_a_width_has_a_bar():
     try:
         with open(its_end, "w") as file, pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stderr", file)
-            with Progress("drawing", 2) as progress:
+            with Progress("drawing", range(2)) as progress:
                 progress.update()
                 progress.refresh()
     finally:
