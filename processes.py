@@ -81,7 +81,7 @@ def derivative(function, t):
 
 
 class Process:
-    """Base class: a subclass defines alpha and sigma, and may define shift.
+    """Base class: a subclass defines alpha(t) and sigma(t), and may define shift(t), all in the shape of t.
 
     It may also define their derivatives and `inverse`, to have them exact to the last digit, or faster. A class that
     changes the alpha or sigma of another process must redefine these and `half_g2` as well: else it inherits them.
@@ -92,12 +92,6 @@ class Process:
     x1_drift = None  # or a method of t that returns the coefficient of x1 in the drift of the process's own SDE
     shift = None  # or a method of t
     last = math.inf  # latest time at which predictions can be converted
-
-    def alpha(self, t):
-        raise NotImplementedError
-
-    def sigma(self, t):
-        raise NotImplementedError
 
     def alpha_dot(self, t):
         return derivative(self.alpha, t)
