@@ -111,16 +111,17 @@ class Run:
             on_rank0(lambda: self.logger.log(self.step, values))
         self.restart_clock()
 
-    def picture(self, items, drawn_for=None):
-        """A picture of samples or data: a grid of images, by class if these are few, or a scatter plot of points."""
+    def show(self, name, path, items, drawn_for=None):
+        """Saves a picture of samples or data: a grid of images, by class if these are few, or a scatter plot."""
         few = self.config.class_conditional and self.spec.num_classes <= 16
-        return picture_of(items, self.spec.num_classes if few else None, self.dataset.data, drawn_for, self.spec)
+        columns = self.spec.num_classes if few else None
+        picture = picture_of(items, columns, self.dataset.data, drawn_for, self.spec)
+        self.logger.picture(self.step, name, picture, path)
 
     def show_data(self):
         """Saves a picture of the items of the first batch, repeated if there are more samples in a grid."""
         rows = np.resize(self.batches.indices(0), self.config.num_samples)
-        picture = self.picture(torch.from_numpy(self.dataset.data[rows]))
-        self.logger.picture(self.step, "real", picture, f"{self.folder}/real.png")
+        self.show("real", f"{self.folder}/real.png", torch.from_numpy(self.dataset.data[rows]))
 
     def picture_path(self, weights, sampler):
         return f"{self.folder}/samples/{weights}_{sampler}_{self.step:07d}.png"
@@ -170,8 +171,7 @@ class Run:
                 continue
             with self.failures_reported(f"grid of {weights} weights by {sampler}"):
                 samples = self.samples(weights, sampler, drawn_for)
-                on_rank0(lambda name=f"{weights}_{sampler}", samples=samples, path=path: self.logger.picture(
-                    self.step, name, self.picture(samples, drawn_for), path))
+                on_rank0(self.show, f"{weights}_{sampler}", path, samples, drawn_for)
         self.net.train()
 
     def evaluate(self):

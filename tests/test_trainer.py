@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, flags, make, metrics_of, run, tiny
-from PIL import Image
 
 import saving
 from build import check_settings
@@ -298,18 +297,21 @@ def test_the_end_names_the_picture_of_the_sampler(tmp_path, digits, capsys):
 def test_one_sampler_in_both_places_is_drawn_once(tmp_path, digits):
     trainer = make(tmp_path, digits, sampler="ancestral", sde_sampler="ancestral")
     drawn = []
-    trainer.picture = lambda points, shown=None: drawn.append(points) or Image.new("RGB", (8, 8))
+    trainer.show = lambda name, path, points, drawn_for=None: drawn.append(points)
     trainer.train()
     assert len(drawn) == 3  # real, raw and EMA
 
 
 def trainer_picture(trainer, n):
-    return DiffusionTrainer.picture(trainer, torch.zeros(n, 1, 8, 8, dtype=torch.uint8))
+    shown = []
+    trainer.logger.picture = lambda step, name, image, path: shown.append(image)
+    DiffusionTrainer.show(trainer, "name", "path", torch.zeros(n, 1, 8, 8, dtype=torch.uint8))
+    return shown[0]
 
 
 def test_real_data_are_those_of_the_first_batch(tmp_path, digits):
     trainer, shown = make(tmp_path, digits, num_samples=30), []
-    trainer.picture = lambda points: shown.append(points) or Image.new("RGB", (8, 8))
+    trainer.show = lambda name, path, points: shown.append(points)
     trainer.show_data()
     first = trainer.batches.indices(0)
     assert np.array_equal(shown[0], digits.data[[*first, *first[:14]]])
