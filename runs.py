@@ -197,8 +197,8 @@ class Run:
             "items": len(self.dataset.data),
             "window": gather_rows(torch.cat(self.window)),
             "skipped": self.skipped,
-            "config": saving.plain(vars(self.config)),
-            "data": saving.plain(vars(self.spec)),
+            "config": vars(self.config),
+            "data": vars(self.spec),
         }
 
     def save(self):

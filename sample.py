@@ -67,7 +67,6 @@ def load_net(path, weights, device):
         config, spec = Config(**state["config"]), DataSpec(**state["data"])
     except TypeError as error:
         raise UserError(f"{path} was made by another version of this code ({error}): use that version") from error
-    spec.shape, spec.cond_shape = tuple(spec.shape), tuple(spec.cond_shape)
     process, net = build(config, spec, device)
     saving.restore(net, state["ema" if weights == "ema" else "net"], path)
     return state, config, spec, process, net.eval()

@@ -106,7 +106,7 @@ def restore(net: nn.Module, weights, path):
 
 def check_data(path, there, here):
     """Raises UserError if the checkpoint at `path` is of other data: shape, classes, scale or number of items."""
-    for name, value in plain(here).items():
+    for name, value in here.items():
         # equal to rounding
         if np.shape(there[name]) != np.shape(value) or not np.allclose(there[name], value, rtol=1e-5):
             raise UserError(f"{path} is of other data ({name} {there[name]}, here {value}): give it its own data, or "
@@ -141,11 +141,6 @@ def load_newest(folder):
         raise UserError(f"{folder} has no checkpoint that can be read: {failure}; choose another --run_name, or remove "
                         "the folder to start anew")
     return None, None
-
-
-def plain(settings):
-    """Settings as JSON holds them: tuples become lists, None stays."""
-    return json.loads(json.dumps(settings))
 
 
 @functools.cache  # holds the open file: the system releases the lock when this process ends, however it ends
@@ -189,9 +184,9 @@ def open_run(folder, settings, defaults, may_change):
                         "--ckpt_dir") from error
     state, newest = load_newest(folder)
     if state:
-        here, there = plain(settings), plain(defaults) | state["config"]
-        changed = [f"{k} ({there.get(k)} there, {here.get(k)} now)" for k in sorted(here | there)
-                   if k not in may_change and there.get(k) != here.get(k)]
+        there = defaults | state["config"]
+        changed = [f"{k} ({there.get(k)} there, {settings.get(k)} now)" for k in sorted(settings | there)
+                   if k not in may_change and there.get(k) != settings.get(k)]
         if changed:
             raise UserError(f"{folder} holds a run with other settings: {', '.join(changed)}; give it those settings "
                             "to resume it, or choose another --run_name (or remove the folder) to start anew")

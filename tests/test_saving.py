@@ -167,7 +167,7 @@ def test_run_folder(tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')  # lines without a checkpoint are no run
     assert open_run(folder, settings) is None
     assert json.load(open(tmp_path / "run" / "config.json")) == plain
-    saving.save(folder, {**STATE, "config": plain})
+    saving.save(folder, {**STATE, "config": settings})
     (tmp_path / "run" / "config.json").write_text("{")  # the settings are in the checkpoint
     (tmp_path / "run" / "samples").mkdir()
     left = [tmp_path / "run" / name for name in ("last.pt.tmp77", "samples/raw_heun_0000003.png.tmp77")]

@@ -213,7 +213,7 @@ def test_resuming_is_bit_equal(tmp_path, digits, stop):
 def test_resuming_with_other_data_is_refused(tmp_path, digits):
     make(tmp_path, digits).train()
     other = make_dataset(digits.data[:, :, :, :4], digits.labels)
-    with pytest.raises(UserError, match=r"other data \(shape \[1, 8, 8\], here \[1, 8, 4\]\): .*--run_name"):
+    with pytest.raises(UserError, match=r"other data \(shape \(1, 8, 8\), here \(1, 8, 4\)\): .*--run_name"):
         make(tmp_path, other, num_training_steps=5)
     with pytest.raises(UserError, match=r"other data \(items 1500, here 1499\): .*--run_name"):
         make(tmp_path, make_dataset(digits.data[:-1], digits.labels[:-1]), num_training_steps=5)
