@@ -25,16 +25,19 @@ class Uniform:
     T_min: float = 0.0
     T_max: float = 1.0
 
-    def unit(self, batch_size, device, generator):
-        """Times (B,) in [0, 1], not yet scaled to [T_min, T_max]. A subclass overrides this and `unit_density`."""
-        return torch.rand(batch_size, device=device, generator=generator)
+    def unit(self, batch_size, **where):
+        """Times (B,) in [0, 1], not yet scaled to [T_min, T_max]. A subclass overrides this and `unit_density`.
+
+        `where` are the device and the generator, as functions of torch take them.
+        """
+        return torch.rand(batch_size, **where)
 
     def unit_density(self, u):
         """The probability density of the times of `unit` at u in [0, 1], in u's type or in float64."""
         return torch.ones_like(u)
 
     def __call__(self, batch_size, device=None, generator=None):
-        t = self.T_min + (self.T_max - self.T_min) * self.unit(batch_size, device, generator)
+        t = self.T_min + (self.T_max - self.T_min) * self.unit(batch_size, device=device, generator=generator)
         return t.float().clamp(self.T_min, self.T_max)  # rounding may go beyond an end by one unit in the last place
 
     def density(self, t):
@@ -58,9 +61,9 @@ class Stratified(Uniform):
     (Kingma et al. 2021, appendix I.1, instead shift a grid of times by one random number.)
     """
 
-    def unit(self, batch_size, device, generator):
-        cell = torch.randperm(batch_size, device=device, generator=generator)
-        return (cell + torch.rand(batch_size, device=device, generator=generator)) / batch_size
+    def unit(self, batch_size, **where):
+        cell = torch.randperm(batch_size, **where)
+        return (cell + torch.rand(batch_size, **where)) / batch_size
 
 
 def normal_density(z):
@@ -83,8 +86,8 @@ class LogitNormal(Uniform):
     logit_normal_loc: float = 0.0
     logit_normal_scale: float = 1.0
 
-    def unit(self, batch_size, device, generator):
-        normal = torch.randn(batch_size, device=device, generator=generator)
+    def unit(self, batch_size, **where):
+        normal = torch.randn(batch_size, **where)
         return torch.sigmoid(self.logit_normal_loc + self.logit_normal_scale * normal)
 
     def unit_density(self, u):
@@ -99,10 +102,11 @@ class Beta(Uniform):
     time_beta_a: float = 1.0
     time_beta_b: float = 2.0
 
-    def unit(self, batch_size, device, generator):
+    def unit(self, batch_size, **where):
         # torch.distributions.Beta calls this function too, but accepts no generator
-        x, y = (torch._standard_gamma(torch.full((batch_size,), shape, dtype=torch.float64, device=device), generator)
+        a, b = (torch.full((batch_size,), shape, dtype=torch.float64, device=where["device"])
                 for shape in (self.time_beta_a, self.time_beta_b))
+        x, y = (torch._standard_gamma(shape, where["generator"]) for shape in (a, b))
         return x / (x + y)
 
     def unit_density(self, u):
@@ -124,8 +128,8 @@ class Mode(Uniform):
     def map(self, u):
         return 1 - u - self.mode_scale * (torch.cos(0.5 * math.pi * u) ** 2 - 1 + u)
 
-    def unit(self, batch_size, device, generator):
-        return self.map(torch.rand(batch_size, device=device, generator=generator, dtype=torch.float64))
+    def unit(self, batch_size, **where):
+        return self.map(torch.rand(batch_size, **where, dtype=torch.float64))
 
     def slope(self, u):
         return 1 + self.mode_scale * (1 - 0.5 * math.pi * torch.sin(math.pi * u))  # -map'(u)
@@ -150,8 +154,8 @@ class CosMap(Uniform):
     (Esser et al. 2024, eq. 21.)
     """
 
-    def unit(self, batch_size, device, generator):
-        u = torch.rand(batch_size, device=device, generator=generator)
+    def unit(self, batch_size, **where):
+        u = torch.rand(batch_size, **where)
         return 1 - 1 / (torch.tan(0.5 * math.pi * u) + 1)
 
     def unit_density(self, u):
