@@ -65,7 +65,7 @@ class GaussianMixture:
     def __call__(self, xt, t, label=None, cond=None):
         """The prediction at xt (B, ...), in the type of xt.
 
-        `cond` (B, D + 1) holds m (B, D), the mean of the base, on which x0 does not depend, and ones; None: m is 0.
+        `cond` (B, D + 1) holds m, the mean of the base, on which x0 does not depend, and ones; None: m is 0.
         """
         if cond is not None:
             m, c = cond[:, :-1], self.process.coefs(torch.as_tensor(t, dtype=torch.float64), 2)
@@ -102,7 +102,7 @@ class GaussianMixture:
 
 
 M = torch.tensor([[0.3, -0.4]], dtype=torch.float64)  # the mean of the base, in all checks
-COND = torch.cat([M, torch.ones(1, 1)], dim=1)  # what the network gets of it
+COND = torch.cat([M, torch.ones(1, 1)], dim=1)  # what the network gets of it, the same for all rows
 
 
 def mixture(process: Process, kind="velocity") -> GaussianMixture:
@@ -113,9 +113,9 @@ def mixture(process: Process, kind="velocity") -> GaussianMixture:
     return GaussianMixture(process, kind, means, covariances, torch.tensor([0.5, 0.3, 0.2]))
 
 
-def given(process: Process, kind, n) -> Field:
-    """The exact field of `mixture` around the mean M, for n rows: its network gets xt and the condition."""
-    return Field(mixture(process, kind), process, kind, cond=COND.expand(n, 3), m=M)
+def given(data: GaussianMixture) -> Field:
+    """The exact field of these data around the mean M: its network gets xt and the condition."""
+    return Field(data, data.process, data.kind, cond=COND, m=M)
 
 
 def start(data: GaussianMixture, n, high, low) -> tuple[Field, Tensor, float, float]:
@@ -124,7 +124,7 @@ def start(data: GaussianMixture, n, high, low) -> tuple[Field, Tensor, float, fl
     At the two times sigma / alpha is `high` and `low`: processes are compared between the same noise levels.
     """
     high, low = (data.process.time(torch.tensor(-2 * math.log(ratio))).item() for ratio in (high, low))
-    return given(data.process, data.kind, n), data.sample(n, t=high)[0], high, low
+    return given(data), data.sample(n, t=high)[0], high, low
 
 
 def worst(pairs, floor=None):
@@ -167,7 +167,7 @@ def conversion_error(process: Process):
     x0, _ = data.sample(64)
     c = process.coefs(t, 2)
     z = (c.alpha * x0 + c.sigma * torch.randn_like(x0)).requires_grad_()
-    y = {kind: without_mean(mixture(process, kind)(z + c.shift * M, t, None, COND.expand(64, 3)), c, kind, M)
+    y = {kind: without_mean(mixture(process, kind)(z + c.shift * M, t, None, COND), c, kind, M)
          for kind in PREDICTIONS}
     exact = y | {"score": torch.autograd.grad(data.log_prob(z, t).sum(), z)[0]}
     return worst((convert(y[kind], z, c, kind, to), exact[to]) for kind in y for to in y)
@@ -192,8 +192,7 @@ def dopri5_error(process: Process):
     """dopri5 with tolerance 1e-8 against the exact flow of one Gaussian, from sigma / alpha = 4 to 0.15, relative."""
     data = mixture(process)
     one = GaussianMixture(process, "velocity", data.means[:1], data.covariances[:1])
-    _, x, high, low = start(one, 64, 4.0, 0.15)
-    field = Field(one, process, "velocity")
+    field, x, high, low = start(one, 64, 4.0, 0.15)
     return worst([(dopri5(field, x, [high, low], rtol=1e-8, atol=1e-8), one.flow(x, high, low))])
 
 
@@ -209,7 +208,7 @@ def sde_error(process: Process, sampler, n=4000):
     ts = make_grid(STEPS[sampler], low, high, "edm", process=process, rho=7.0)
     if process.at(1.0).sigma == 0 and sampler in FROM_A_POINT:
         ts, x = make_grid(STEPS[sampler], low, 1.0), torch.zeros_like(x)
-        field = given(process, "drift", n)
+        field = given(mixture(process, "drift"))
 
     def statistics(x):
         return torch.cat([x, x[:, :1] * x, x[:, 1:] ** 2, data.components(x, low)[3].softmax(1)], dim=1)
@@ -226,7 +225,7 @@ def sde_error(process: Process, sampler, n=4000):
 def likelihood_error(process: Process):
     """log p of 64 data against the exact value, in nats: the greatest error with the exact trace, there and back."""
     data = mixture(process)
-    field = given(process, "velocity", 64)
+    field = given(data)
     x0, x1 = (data.sample(64, t=t)[0] for t in (T_MIN, T_MAX))
     there = log_likelihood(field, x0, T_MIN, T_MAX, log_prior=lambda x: data.log_prob(x, T_MAX), rtol=1e-6, atol=1e-6)
     back, change = flow(field, x1, T_MAX, T_MIN, rtol=1e-6, atol=1e-6)
@@ -237,7 +236,7 @@ def likelihood_error(process: Process):
 def hutchinson_error(process: Process, probe):
     """The mean of 2,000 estimates of one log p less the exact value, in standard errors of that mean."""
     data = mixture(process)
-    field = given(process, "velocity", 2000)
+    field = given(data)
     x0 = data.sample(1, t=T_MIN)[0].expand(2000, 2)
     e = PROBES[probe](lambda: torch.randn_like(x0))
     log_p = log_likelihood(field, x0, T_MIN, T_MAX, e, lambda x: data.log_prob(x, T_MAX))
