@@ -58,7 +58,7 @@ class Config:
 
     # ---- Data
     dataset: key_of("data_utils.DATASETS") | str = "cifar10"  # A name, FILE.npz, FILE.npy, or FOLDER.
-    data_dir: MayChange[str] = "data"  # Folder of downloaded data; for image_folder the folder of class folders.
+    data_dir: Sampling[str] = "data"  # Folder of downloaded data; for image_folder the folder of class folders.
     image_size: Positive[int] = 32  # Images of image_folder are resized and centre-cropped to this many pixels a side.
     random_flip: bool = True  # Mirror each training image left to right with probability 1/2.
     channels: tuple[int, ...] = ()  # Channels to take of the fields in a file or folder, such as 0 3; none: all.

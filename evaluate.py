@@ -62,7 +62,6 @@ class Options(Drawing):
     reference: Literal["train", "test"] = "train"  # Split that the samples are compared with.
     # Features of images. None: inception for colour images of 32 pixels or more, else classifier.
     extractor: Literal[tuple(EXTRACTORS)] | None = None
-    data_dir: str | None = None  # Folder of the data; None: the run's own.
     regression: str | None = None  # Checkpoint of a run with --trainer regression, to compare forecasts with.
     likelihood_num: NotNegative[int] = 300  # Test items for bits per dimension, 0 for none.
     loss_num: NotNegative[int] = 2000  # Draws for the loss by t, 0 for none.
