@@ -235,7 +235,7 @@ def main(arguments, options_class=Options):
     def save():
         on_rank0(write_atomically, options.out, json.dumps(report, indent=1))
 
-    with (set_up(options.device, options.tf32, options.timeout, options.cudnn_benchmark) as device,
+    with (set_up(**vars(options)) as device,
           tempfile.TemporaryDirectory() as folder):
         check_run(options, device)
         report["machine"] = {

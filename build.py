@@ -203,8 +203,7 @@ def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, d
 
     settings = vars(config) | dict(
         net=watched(net), guide=guide and watched(guide), process=process, device=device, rows=rows, shape=spec.shape,
-        labels=cases.labels if config.class_conditional else None, cond=cases.cond, sampler=sampler,
-        batch_size=config.sampling_batch_size)
+        labels=cases.labels if config.class_conditional else None, cond=cases.cond, sampler=sampler)
 
     def own_samples():
         samples, calls = [spec.decode(torch.empty(0, *spec.shape))], []  # of the right type, if this rank has no rows

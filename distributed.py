@@ -123,24 +123,24 @@ def agreed_stop():
 
 
 @contextlib.contextmanager
-def set_up(wanted, tf32=True, timeout=10.0, cudnn_benchmark=True):
-    """The device of this rank, with its process group if there are several ranks: gloo on CPUs, nccl on GPUs.
+def set_up(device, tf32=True, timeout=10.0, cudnn_benchmark=True, **settings):
+    """The device of this rank, where `device` is auto, cpu or cuda, with its process group if there are several ranks: gloo on CPUs, nccl on GPUs.
 
     The device index is the local rank. A rank waits `timeout` minutes for the others in a training step. An error that
     the user can mend (a UserError, too little memory, a lost rank) or a signal ends the program in one line. Raises
-    UserError if there are GPUs that torch cannot use, unless `wanted` is cpu.
+    UserError if there are GPUs that torch cannot use, unless `device` is cpu.
     """
     keep_freed_memory()
     status = 0
     try:
         with warnings.catch_warnings(record=True) as reasons:
-            gpu = wanted != "cpu" and torch.cuda.is_available()
+            gpu = device != "cpu" and torch.cuda.is_available()
         if gpu:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
             torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, cudnn_benchmark
-        elif wanted == "cuda" or wanted == "auto" and has_nvidia_gpus():
+        elif device == "cuda" or device == "auto" and has_nvidia_gpus():
             why = reasons[0].message if reasons else "there is none, or CUDA_VISIBLE_DEVICES or the build hides it"
             raise UserError(f"torch {torch.__version__} sees no GPU here ({why}): use --device cpu, or the build of "
                             "torch for your driver, which docs/troubleshooting.md names")

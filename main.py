@@ -12,7 +12,7 @@ def main(arguments: list[str]):
 
     from distributed import print0, set_up, world_size
 
-    with set_up(config.device, config.tf32, config.timeout, config.cudnn_benchmark) as device:
+    with set_up(**vars(config)) as device:
         from build import check_run, read_data
         from trainer import TRAINERS
 

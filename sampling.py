@@ -411,12 +411,12 @@ def field_of(rows: range, shape, device, labels=None, cond=None, base="noise", *
 
 
 def draw(net, process: Process, *, rows: range, shape, device, seed, sampler, sampling_steps, T_min, T_max,
-         grid="uniform", denoise=False, batch_size=None, **settings):
+         grid="uniform", denoise=False, sampling_batch_size=None, **settings):
     """Yields the samples `rows`, in order, as batches (B, *shape) in float32 on `device`, each with its network calls.
 
     xt starts at `T_max`, as the mean of the base plus sigma(T_max) times noise, and ends at `T_min`. Sample i is a
-    function of (seed, i), to rounding (dopri5: to its tolerance). It depends neither on `batch_size`, which is halved
-    where memory does not suffice, nor on how the samples are shared among ranks.
+    function of (seed, i), to rounding (dopri5: to its tolerance). It depends neither on `sampling_batch_size`, which
+    is halved where memory does not suffice, nor on how the samples are shared among ranks.
 
     `denoise` returns the predicted x0 in place of xt at T_min. A sampler with an argument `denoise` does this as a step
     of its own, if the grid is one of NOISE_LEVEL_GRIDS, and if the error of x1, computed from the network's prediction
@@ -442,4 +442,4 @@ def draw(net, process: Process, *, rows: range, shape, device, seed, sampler, sa
             x = field(x, T_min, "x0")
         return x if denoise else x + c_end.shift * field.m, field.calls
 
-    yield from in_batches(draw_batch, rows, batch_size or len(rows))
+    yield from in_batches(draw_batch, rows, sampling_batch_size or len(rows))

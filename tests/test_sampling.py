@@ -484,7 +484,7 @@ def test_rows_do_not_depend_on_the_batch(sampler):
     settings = {**SETTINGS, "sampler": sampler, "shape": (2,), "device": "cpu", "churn_max": 10.0}
 
     def samples(rows, batch_size, seed=1):
-        return drawn(net, process, rows=rows, seed=seed, batch_size=batch_size, **settings)
+        return drawn(net, process, rows=rows, seed=seed, sampling_batch_size=batch_size, **settings)
 
     whole, tolerance = samples(range(50), 50), 3e-3 if sampler == "dopri5" else 1e-5
     assert whole.shape == (50, 2) and whole.dtype == torch.float32
@@ -540,7 +540,7 @@ def test_labels_go_with_their_rows():
         seen.append(label.tolist())
         return x
 
-    settings = {**SETTINGS, "sampling_steps": 1, "labels": torch.arange(10), "batch_size": 3}
+    settings = {**SETTINGS, "sampling_steps": 1, "labels": torch.arange(10), "sampling_batch_size": 3}
     list(draw(net, PROCESSES["rf"](), rows=range(2, 6), shape=(1,), device="cpu", seed=0, sampler="euler", **settings))
     assert seen == [[2, 3, 4], [5]]
 
