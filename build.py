@@ -74,7 +74,7 @@ def check_settings(config: Config):
         for what, value in values.items():
             if not value.isfinite().all():
                 raise UserError(f"{name} {end}: {what} is not finite there; use --{name} {fix}")
-    make_grid(config.sampling_steps, **settings | {"process": process})
+    make_grid(**settings | {"process": process})
 
 
 def check_sampler(config: Config, process: Process, sampler, name="sampler", fix="heun"):

@@ -475,13 +475,13 @@ class Batches:
     dataset: Dataset
     batch_size: int
     seed: int
-    only_first: bool = False  # every step takes the items of step 0
+    overfit_one_batch: bool = False  # every step takes the items of step 0
     num_workers: int = 0
     following: tuple = ()  # the step and rows that the workers give next
 
     def indices(self, step) -> np.ndarray:
         """Indices (B,) of the global batch of this step, which may reach into the next epoch, or span several."""
-        n, first = len(self.dataset.data), 0 if self.only_first else step * self.batch_size
+        n, first = len(self.dataset.data), 0 if self.overfit_one_batch else step * self.batch_size
         epochs, places = np.divmod(first + np.arange(self.batch_size), n)
         return np.concatenate([epoch_order(n, self.seed, epoch, self.dataset.name)[places[epochs == epoch]]
                                for epoch in np.unique(epochs)])

@@ -124,11 +124,11 @@ def agreed_stop():
 
 @contextlib.contextmanager
 def set_up(device, tf32=True, timeout=10.0, cudnn_benchmark=True, **settings):
-    """The device of this rank, where `device` is auto, cpu or cuda, with its process group if there are several ranks: gloo on CPUs, nccl on GPUs.
+    """The device of this rank, with its process group if there are several ranks: gloo on CPUs, nccl on GPUs.
 
-    The device index is the local rank. A rank waits `timeout` minutes for the others in a training step. An error that
-    the user can mend (a UserError, too little memory, a lost rank) or a signal ends the program in one line. Raises
-    UserError if there are GPUs that torch cannot use, unless `device` is cpu.
+    `device` is auto, cpu or cuda; the index is the local rank. A rank waits `timeout` minutes for the others in a
+    training step. An error that the user can mend (a UserError, too little memory, a lost rank) or a signal ends the
+    program in one line. Raises UserError if there are GPUs that torch cannot use, unless `device` is cpu.
     """
     keep_freed_memory()
     status = 0

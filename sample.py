@@ -155,7 +155,7 @@ def trajectory(run: Loaded, given: Cases):
     recording.net = recorded
     samples, _ = recording.draw(given, compile=False, sampling_batch_size=given.num)
     states = states or {0.0: samples[:0]}  # of a rank that has no share
-    times = make_grid(run.config.sampling_steps, **vars(run.config) | {"process": run.process})[:-1]
+    times = make_grid(**vars(run.config) | {"process": run.process})[:-1]
     calls = [min(states, key=lambda call: abs(call - time)) for time in times[:: math.ceil(len(times) / FRAMES)]]
     frames = [*(gather_rows(states[call]) for call in calls), samples]
     if min(map(len, frames)) < given.num:

@@ -171,18 +171,18 @@ GRIDS = {"uniform": uniform, "quadratic": quadratic, "shifted": shifted, "log_sn
 NOISE_LEVEL_GRIDS = ("log_snr", "edm")
 
 
-def make_grid(n, T_min, T_max, grid="uniform", **settings) -> list[float]:
-    """The n + 1 times of n steps, from T_max down to T_min; both ends are exact.
+def make_grid(sampling_steps, T_min, T_max, grid="uniform", **settings) -> list[float]:
+    """The n + 1 times of n = `sampling_steps` steps, from T_max down to T_min; both ends are exact.
 
     `settings` may hold arguments of the grid; others are ignored. Raises UserError if the times are not finite or do
     not fall from one to the next, and for an unknown grid.
     """
-    u = torch.linspace(1, 0, n + 1, dtype=torch.float64)
+    u = torch.linspace(1, 0, sampling_steps + 1, dtype=torch.float64)
     ts = call_with_settings(look_up(GRIDS, grid), settings, u=u, T_min=T_min, T_max=T_max)
     ts = [T_max, *ts.tolist()[1:-1], T_min]
     if not all(a > b for a, b in pairwise(ts)):
-        raise UserError(f"grid {grid} of {n} steps from {T_max} to {T_min} does not fall at every step: use --grid "
-                        "uniform, fewer --sampling_steps, or a run with --T_min 1e-4 --T_max 0.9999")
+        raise UserError(f"grid {grid} of {sampling_steps} steps from {T_max} to {T_min} does not fall at every step: "
+                        "use --grid uniform, fewer --sampling_steps, or a run with --T_min 1e-4 --T_max 0.9999")
     return ts
 
 

@@ -59,8 +59,7 @@ class DiffusionTrainer(Run):
         # The network as it is trained, wrapped; self.net stays plain, for checkpoints, EMA and sampling.
         self.ddp = self.forward = self.net
         self.time_sampler = make_time_sampler(config, self.process)
-        self.batches = Batches(dataset, config.batch_size, config.seed, config.overfit_one_batch,
-                               config.num_workers)
+        self.batches = call_with_settings(Batches, vars(config), dataset=dataset)
         self.own_rows = share(config.batch_size)  # of the global batch
         self.folder = None  # of the run, once it is open
 

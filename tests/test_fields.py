@@ -430,7 +430,7 @@ def test_workers_change_nothing(kind):
 def test_workers_repeat_one_batch():
     data = make_dataset(Items(Pictures(23)), np.arange(23) % 5)
     first = Batches(data, 8, seed=3)(0)
-    batches = Batches(data, 8, seed=3, only_first=True, num_workers=1)
+    batches = Batches(data, 8, seed=3, overfit_one_batch=True, num_workers=1)
     for step in range(3):
         assert all(torch.equal(x, y) for x, y in zip(batches(step)[:2], first[:2]))
 
