@@ -142,6 +142,9 @@ class Dataset:
         labels, cond = (x if x is None else x.repeat_interleave(times, 0) for x in (labels, cond))
         return Cases(len(rows) * times, labels, cond, truth, times)
 
+    def __len__(self):
+        return len(self.data)
+
     def __getitem__(self, rows) -> list[Tensor | None]:
         """The items, labels and conditions `rows` (an array), as they are stored."""
         return [x if x is None else torch.from_numpy(x[rows]) for x in (self.data, self.labels, self.cond)]
@@ -444,7 +447,7 @@ def cases(dataset: Dataset, num, samples_per_cond, class_conditional) -> Cases:
     """
     if not dataset.spec.cond_shape:
         return Cases(num, spread_labels(dataset.labels, num) if class_conditional else None)
-    rows = np.linspace(0, len(dataset.data) - 1, max(1, num // samples_per_cond)).astype(int)
+    rows = np.linspace(0, len(dataset) - 1, max(1, num // samples_per_cond)).astype(int)
     return dataset.cases(rows, samples_per_cond)
 
 
@@ -481,7 +484,7 @@ class Batches:
 
     def indices(self, step) -> np.ndarray:
         """Indices (B,) of the global batch of this step, which may reach into the next epoch, or span several."""
-        n, first = len(self.dataset.data), 0 if self.overfit_one_batch else step * self.batch_size
+        n, first = len(self.dataset), 0 if self.overfit_one_batch else step * self.batch_size
         epochs, places = np.divmod(first + np.arange(self.batch_size), n)
         return np.concatenate([epoch_order(n, self.seed, epoch, self.dataset.name)[places[epochs == epoch]]
                                for epoch in np.unique(epochs)])

@@ -108,7 +108,7 @@ class Evaluation(Loaded):
             "protocol": {  # what must be the same before two figures are compared
                 "samples": options.num, "labels": config.class_conditional,
                 "samples_per_cond": times if spec.cond_shape else None,
-                "reference": {"split": options.reference, "items": len(reference.data),
+                "reference": {"split": options.reference, "items": len(reference),
                               "sha256": on_rank0(content, reference.data)},
                 "extractors": {type(network).__name__: network.sha256 for network in
                                (self.evaluator.extractor, self.evaluator.classifier) if network},
@@ -124,7 +124,7 @@ class Evaluation(Loaded):
 
     def random_items(self, dataset: Dataset, n) -> Cases:
         """n random items, or all if there are fewer, always the same, with their labels and conditions."""
-        return dataset.cases(np.random.default_rng(0).permutation(len(dataset.data))[:n])
+        return dataset.cases(np.random.default_rng(0).permutation(len(dataset))[:n])
 
     def save(self):
         """Writes the card and the pictures. All ranks must call it."""

@@ -87,8 +87,8 @@ def compare_points(samples, reference: Dataset):
     They are of the first samples and as many random items of the reference, at most POINTS. Raises UserError if samples
     are not finite.
     """
-    n, spec = min(len(samples), len(reference.data), POINTS), reference.spec
-    rows = np.random.default_rng(0).permutation(len(reference.data))[:n]
+    n, spec = min(len(samples), len(reference), POINTS), reference.spec
+    rows = np.random.default_rng(0).permutation(len(reference))[:n]
     x, y = (spec.encode(part).double() for part in (samples[:n], torch.from_numpy(reference.data[rows])))
     found = {"spectral_distance": spectral_distance(x, y)} if spec.is_field else {}
     x, y = x.flatten(1), y.flatten(1)
@@ -267,8 +267,8 @@ def train_classifier(net: Classifier, train: Dataset, device):
         from sklearn.cluster import MiniBatchKMeans
 
         step = max(1, train.data.shape[2] // 8)
-        parts = [train.data[k : k + CHUNK][:, :, ::step, ::step] for k in range(0, len(train.data), CHUNK)]
-        pixels = np.concatenate(parts).reshape(len(train.data), -1)  # of some 8 x 8 places
+        parts = [train.data[k : k + CHUNK][:, :, ::step, ::step] for k in range(0, len(train), CHUNK)]
+        pixels = np.concatenate(parts).reshape(len(train), -1)  # of some 8 x 8 places
         labels = MiniBatchKMeans(CLUSTERS, random_state=0).fit_predict(pixels)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, CLASSIFIER_RATE, CLASSIFIER_STEPS)
@@ -381,7 +381,7 @@ class Evaluator:
     """
 
     def __init__(self, train: Dataset, reference: Dataset, device, extractor="classifier", suffix=""):
-        self.reference, self.items, self.device, self.suffix = reference, len(reference.data), device, suffix
+        self.reference, self.items, self.device, self.suffix = reference, len(reference), device, suffix
         self.spec = train.spec
         self.extractor = self.classifier = None
         if train.spec.is_image:

@@ -55,7 +55,7 @@ class Run:
         self.saved_step, self.save_failed = None, False  # step of the last checkpoint; whether the last try failed
         self.evaluator = self.logger = None  # made when it is needed; made on rank 0 alone
 
-        print0(f"{len(self.dataset.data):,} items of shape {self.spec.shape}, {config.network} of "
+        print0(f"{len(self.dataset):,} items of shape {self.spec.shape}, {config.network} of "
                f"{sum(p.numel() for p in self.net.parameters()):,} parameters")
         may_change = {name for name, found in marks(Config).items() if "may change" in found}
         if path := on_rank0(saving.open_run, self.folder, vars(config), vars(Config()), may_change):
@@ -106,7 +106,7 @@ class Run:
         del self.window[1:]
         items = (self.step - self.clock_step) * self.config.batch_size
         values |= {"learning_rate": rate, "images_per_second": items / (time.perf_counter() - self.clock),
-                   "epoch": self.step * self.config.batch_size / len(self.dataset.data)}
+                   "epoch": self.step * self.config.batch_size / len(self.dataset)}
         with self.failures_reported():
             on_rank0(lambda: self.logger.log(self.step, values))
         self.restart_clock()
@@ -194,7 +194,7 @@ class Run:
             "net": self.net.state_dict(),
             "ema": self.ema.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "items": len(self.dataset.data),
+            "items": len(self.dataset),
             "window": gather_rows(torch.cat(self.window)),
             "skipped": self.skipped,
             "config": vars(self.config),
@@ -221,7 +221,7 @@ class Run:
         """Resumes the run from a checkpoint."""
         state = saving.load(path)
         saving.check_data(path, state["data"] | {"items": state["items"]},
-                          vars(self.spec) | {"items": len(self.dataset.data)})
+                          vars(self.spec) | {"items": len(self.dataset)})
         saving.restore(self.net, state["net"], path)
         self.ema.net.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
