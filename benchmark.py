@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from build import autocast, check_run, formatted, uses_bf16
 from command_line import read_config, start
-from config import HERE, Config, Positive
+from config import HERE, Config, PositiveFloat, PositiveInt
 from data_utils import Cases, load_dataset, make_dataset
 from distributed import on_rank0, print0, set_up, world_size
 from optimizers import take_step
@@ -222,8 +222,8 @@ PARTS = {"sampling": measure_sampling, "training": measure_training, "start": me
 class Options(Config):
     parts: tuple[Literal[tuple(PARTS)], ...] = tuple(PARTS)  # What to measure; start on one rank only.
     out: str = "benchmark.json"  # File to write.
-    rounds: Positive[int] = 5  # How often everything is measured.
-    seconds: Positive[float] = 1.0  # Least time of one measurement.
+    rounds: PositiveInt = 5  # How often everything is measured.
+    seconds: PositiveFloat = 1.0  # Least time of one measurement.
 
 
 def main(arguments, options_class=Options):

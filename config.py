@@ -37,9 +37,11 @@ def key_of(table):
 
 
 T = TypeVar("T")
-Positive = Annotated[T, Within("(0, inf)")]
-NotNegative = Annotated[T, Within("[0, inf)")]
-Share = Annotated[T, Within("[0, 1)")]
+PositiveInt = Annotated[int, Within("(0, inf)")]
+PositiveFloat = Annotated[float, Within("(0, inf)")]
+NonNegativeInt = Annotated[int, Within("[0, inf)")]
+NonNegativeFloat = Annotated[float, Within("[0, inf)")]
+Share = Annotated[float, Within("[0, 1)")]
 # A setting that may change when a run resumes: it changes how long the run is, where its files are, how it is run and
 # how it is watched. It changes steps by no more than rounding (device, bf16, ...) or the draws of dropout
 # (accumulation_steps). The cosine schedule follows num_training_steps, and data_dir must hold the same data.
@@ -59,18 +61,18 @@ class Config:
     # ---- Data
     dataset: key_of("data_utils.DATASETS") | str = "cifar10"  # A name, FILE.npz, FILE.npy, or FOLDER.
     data_dir: Sampling[str] = "data"  # Folder of downloaded data; for image_folder the folder of class folders.
-    image_size: Positive[int] = 32  # Images of image_folder are resized and centre-cropped to this many pixels a side.
+    image_size: PositiveInt = 32  # Images of image_folder are resized and centre-cropped to this many pixels a side.
     random_flip: bool = True  # Mirror each training image left to right with probability 1/2.
     channels: tuple[int, ...] = ()  # Channels to take of the fields in a file or folder, such as 0 3; none: all.
-    num_workers: MayChange[NotNegative[int]] = 2  # Processes of a rank that read items one at a time.
+    num_workers: MayChange[NonNegativeInt] = 2  # Processes of a rank that read items one at a time.
     overfit_one_batch: bool = False  # Train on the batch of step 0 alone: a network that cannot learn it has a bug.
 
     # ---- Condition: what the network sees beside xt. One of these, or what a file holds
     corruption: key_of("conditions.CORRUPTIONS") | None = None  # What this leaves of an item.
-    downsample_factor: Positive[int] = 4  # downsample: pixels in a row that become one.
+    downsample_factor: PositiveInt = 4  # downsample: pixels in a row that become one.
     mask_share: Annotated[float, Within("(0, 1]")] = 0.3  # mask_box, mask_pixels: share of the pixels that is hidden.
-    lag: NotNegative[int] = 0  # The frame so many before in the trajectory; 0: none.
-    cond_dropout: Share[float] = 0.0  # Share of conditions that are hidden in training: guidance needs it.
+    lag: NonNegativeInt = 0  # The frame so many before in the trajectory; 0: none.
+    cond_dropout: Share = 0.0  # Share of conditions that are hidden in training: guidance needs it.
 
     # ---- Process: xt = alpha(t) x0 + sigma(t) x1 + shift(t) m, with t = 0 data and t = 1 the base, of mean m
     process: key_of("processes.PROCESSES") = "rf"  # How data turns into noise.
@@ -79,10 +81,10 @@ class Config:
     sigma_min: float = 0.002  # ve, ve_linear, edm: sigma at t = 0. May be 0 for ve_linear and edm (Song et al.: 0.01).
     sigma_max: float = 80.0  # ve, ve_linear, edm: sigma at t = 1 (Song et al. 2021 take 50 for ve).
     rho: Annotated[float, Within("[0.1, inf)")] = 7.0  # Process and grid edm: (sigma / alpha)^(1 / rho) in equal steps.
-    foellmer_epsilon: Positive[float] = 1.0  # foellmer: size of the noise.
+    foellmer_epsilon: PositiveFloat = 1.0  # foellmer: size of the noise.
     foellmer_power: Annotated[float, Within("[1, inf)")] = 2.0  # foellmer: alpha = (1 - t)^power; 1 or 2.
     base: key_of("processes.BASES") = "noise"  # noise: m = 0. condition: m is the condition itself.
-    base_std: Positive[float] = 1.0  # condition: standard deviation of the base around m; foellmer has 0.
+    base_std: PositiveFloat = 1.0  # condition: standard deviation of the base around m; foellmer has 0.
     coupling: key_of("couplings.COUPLINGS") = "independent"  # Which noise goes with which data.
     T_min: float = 1e-4  # Least time, in training and sampling.
     T_max: float = 0.9999  # Greatest time, in training and sampling.
@@ -91,18 +93,18 @@ class Config:
     model_type: key_of("prediction.PREDICTIONS") = "velocity"  # What the network outputs.
     target_type: key_of("prediction.PREDICTIONS") = "velocity"  # What the loss compares.
     precondition: bool = False  # Give the network xt at unit variance, and log(sigma / alpha) / 4 for t, as EDM does.
-    sigma_data: Positive[float] = 0.5  # Standard deviation of the data: precondition, prediction and weighting edm.
+    sigma_data: PositiveFloat = 0.5  # Standard deviation of the data: precondition, prediction and weighting edm.
     loss_weighting: key_of("prediction.LOSS_WEIGHTINGS") = "none"  # Weight of each time in the loss.
-    min_snr_gamma: Positive[float] = 5.0  # min_snr: the greatest weight.
+    min_snr_gamma: PositiveFloat = 5.0  # min_snr: the greatest weight.
     sigmoid_bias: float = 2.0  # sigmoid: log-SNR at which the weight is half of the likelihood's.
     time_sampler: key_of("time_samplers.TIME_SAMPLERS") = "uniform"  # How training times are drawn.
     importance_weights: bool = False  # Weigh losses by 1 / density of their times: the mean is that of uniform times.
     logit_normal_loc: float = 0.0  # logit_normal: mean of logit(t); above 0 means more noise.
-    logit_normal_scale: Positive[float] = 1.0  # logit_normal: standard deviation of logit(t).
+    logit_normal_scale: PositiveFloat = 1.0  # logit_normal: standard deviation of logit(t).
     edm_P_mean: float = -1.2  # edm_log_normal: mean of log(sigma / alpha).
-    edm_P_std: Positive[float] = 1.2  # edm_log_normal: standard deviation of log(sigma / alpha).
-    time_beta_a: Positive[float] = 1.0  # beta: first parameter of the Beta distribution; larger means more noise.
-    time_beta_b: Positive[float] = 2.0  # beta: second parameter; larger means less noise.
+    edm_P_std: PositiveFloat = 1.2  # edm_log_normal: standard deviation of log(sigma / alpha).
+    time_beta_a: PositiveFloat = 1.0  # beta: first parameter of the Beta distribution; larger means more noise.
+    time_beta_b: PositiveFloat = 2.0  # beta: second parameter; larger means less noise.
     mode_scale: Annotated[float, Within("[-1, 1.75]")] = 1.29  # mode: above 0 prefers the middle, below 0 the ends.
     trainer: key_of("trainer.TRAINERS") = "diffusion"  # Class that makes batches and takes their loss.
 
@@ -110,60 +112,60 @@ class Config:
     network: key_of("build.NETWORKS") = "unet"  # Architecture, called as net(xt, t, label, cond).
     model_channels: Annotated[int, Within("[2, inf)")] = 128  # unet: channels at full resolution.
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # unet: multiples of model_channels, one for each resolution.
-    num_res_blocks: Positive[int] = 2  # unet: residual blocks at each resolution.
+    num_res_blocks: PositiveInt = 2  # unet: residual blocks at each resolution.
     attention_resolutions: tuple[int, ...] = (16,)  # unet: heights with self-attention, beside the middle's.
-    hidden_dim: Positive[int] = 256  # mlp: width.
-    num_layers: Positive[int] = 4  # mlp: residual layers.
-    dropout: Share[float] = 0.1  # Dropout inside the network.
+    hidden_dim: PositiveInt = 256  # mlp: width.
+    num_layers: PositiveInt = 4  # mlp: residual layers.
+    dropout: Share = 0.1  # Dropout inside the network.
     class_conditional: bool = False  # Give the network the labels.
-    label_dropout: Share[float] = 0.1  # Share of training labels that are hidden: guidance needs it.
+    label_dropout: Share = 0.1  # Share of training labels that are hidden: guidance needs it.
 
     # ---- Optimization
-    batch_size: Positive[int] = 128  # Items in one step, over all ranks and accumulation steps.
-    accumulation_steps: MayChange[Positive[int]] = 1  # Each rank takes its rows in this many parts, to save memory.
-    num_training_steps: MayChange[Positive[int]] = 400_000  # Optimizer steps.
-    base_lr: Positive[float] = 2e-4  # Learning rate after warm-up.
-    min_lr: NotNegative[float] = 0.0  # Learning rate at the end of the cosine schedule.
+    batch_size: PositiveInt = 128  # Items in one step, over all ranks and accumulation steps.
+    accumulation_steps: MayChange[PositiveInt] = 1  # Each rank takes its rows in this many parts, to save memory.
+    num_training_steps: MayChange[PositiveInt] = 400_000  # Optimizer steps.
+    base_lr: PositiveFloat = 2e-4  # Learning rate after warm-up.
+    min_lr: NonNegativeFloat = 0.0  # Learning rate at the end of the cosine schedule.
     lr_schedule: key_of("optimizers.SCHEDULES") = "constant"  # Course of the learning rate after warm-up.
-    warmup_steps: NotNegative[int] = 5000  # Steps in which the learning rate rises linearly to base_lr.
-    weight_decay: NotNegative[float] = 0.0  # AdamW's decay of the matrices; biases and norms have none.
-    grad_clip_norm: NotNegative[float] = 1.0  # Gradients of a larger norm are scaled down to this one; 0 turns it off.
-    max_skipped_steps: MayChange[Positive[int]] = 10  # The run stops after so many skipped (not finite) steps in a row.
-    ema_decay: Share[float] = 0.9999  # Decay of the moving average of the weights; (1 + n) / (10 + n) at the start.
+    warmup_steps: NonNegativeInt = 5000  # Steps in which the learning rate rises linearly to base_lr.
+    weight_decay: NonNegativeFloat = 0.0  # AdamW's decay of the matrices; biases and norms have none.
+    grad_clip_norm: NonNegativeFloat = 1.0  # Gradients of a larger norm are scaled down to this one; 0 turns it off.
+    max_skipped_steps: MayChange[PositiveInt] = 10  # The run stops after so many skipped (not finite) steps in a row.
+    ema_decay: Share = 0.9999  # Decay of the moving average of the weights; (1 + n) / (10 + n) at the start.
 
     # ---- Sampling: the grids of samples drawn in training, and the defaults of sample.py
     sampler: Sampling[Sampler] = "heun"  # Sampler of the first row of grids.
     sde_sampler: MayChange[key_of("sampling.SDE_SAMPLERS") | None] = "euler_maruyama"  # The second row.
-    sampling_steps: Sampling[Positive[int]] = 50  # Steps from T_max to T_min; heun takes 2 calls in each but the last.
+    sampling_steps: Sampling[PositiveInt] = 50  # Steps from T_max to T_min; heun takes 2 calls in each but the last.
     grid: Sampling[key_of("sampling.GRIDS")] = "uniform"  # Times of the steps.
-    grid_shift: Sampling[Positive[float]] = 3.0  # shifted: above 1 for shorter steps near the noise.
+    grid_shift: Sampling[PositiveFloat] = 3.0  # shifted: above 1 for shorter steps near the noise.
     sde_diffusion: Sampling[key_of("sampling.DIFFUSIONS")] = "sigma"  # eps(t), half the SDE's squared noise.
-    sde_scale: Sampling[NotNegative[float]] = 1.0  # Factor of sde_diffusion; 0 makes the SDE the ODE.
-    corrector_snr: Sampling[NotNegative[float]] = 0.16  # predictor_corrector: size of Langevin's step.
-    churn: Sampling[NotNegative[float]] = 30.0  # edm_churn: EDM's S_churn; a step adds a share churn / steps of noise.
-    churn_min: Sampling[NotNegative[float]] = 0.01  # edm_churn: least sigma / alpha at which noise is added.
+    sde_scale: Sampling[NonNegativeFloat] = 1.0  # Factor of sde_diffusion; 0 makes the SDE the ODE.
+    corrector_snr: Sampling[NonNegativeFloat] = 0.16  # predictor_corrector: size of Langevin's step.
+    churn: Sampling[NonNegativeFloat] = 30.0  # edm_churn: EDM's S_churn; a step adds a share churn / steps of noise.
+    churn_min: Sampling[NonNegativeFloat] = 0.01  # edm_churn: least sigma / alpha at which noise is added.
     churn_max: Sampling[float] = 1.0  # edm_churn: greatest sigma / alpha at which noise is added.
-    churn_noise: Sampling[NotNegative[float]] = 1.0  # edm_churn: standard deviation of that noise (EDM: up to 1.007).
-    rtol: Sampling[Positive[float]] = 1e-5  # dopri5: relative tolerance.
-    atol: Sampling[Positive[float]] = 1e-5  # dopri5: absolute tolerance.
+    churn_noise: Sampling[NonNegativeFloat] = 1.0  # edm_churn: standard deviation of that noise (EDM: up to 1.007).
+    rtol: Sampling[PositiveFloat] = 1e-5  # dopri5: relative tolerance.
+    atol: Sampling[PositiveFloat] = 1e-5  # dopri5: absolute tolerance.
     denoise: Sampling[bool] = False  # Take the predicted x0 at the end, without the noise left at T_min.
     guidance_scale: Sampling[float] = 1.0  # Classifier-free guidance; 1 is none.
     guidance_t_min: Sampling[float] = 0.0  # Least time at which guidance acts.
     guidance_t_max: Sampling[float] = 1.0  # Greatest time at which guidance acts.
-    num_samples: MayChange[Positive[int]] = 64  # Samples in a grid.
-    samples_per_cond: Sampling[Positive[int]] = 4  # Samples for each condition.
-    sampling_batch_size: Sampling[Positive[int]] = 500  # Samples that one rank draws at once.
+    num_samples: MayChange[PositiveInt] = 64  # Samples in a grid.
+    samples_per_cond: Sampling[PositiveInt] = 4  # Samples for each condition.
+    sampling_batch_size: Sampling[PositiveInt] = 500  # Samples that one rank draws at once.
 
     # ---- Evaluation in training, by the metrics that are cheap: see metrics.py; evaluate.py does more
-    evaluate_every: MayChange[NotNegative[int]] = 50_000  # Steps between evaluations, also at the end; 0: none.
+    evaluate_every: MayChange[NonNegativeInt] = 50_000  # Steps between evaluations, also at the end; 0: none.
     evaluation_samples: MayChange[Annotated[int, Within("[10, inf)")]] = 1000  # Samples of EMA weights in each.
 
     # ---- Watching
-    log_every: MayChange[Positive[int]] = 100  # Steps between lines of metrics.
-    sample_every: MayChange[NotNegative[int]] = 10_000  # Steps between sample grids; 0: only at the end.
-    save_every: MayChange[NotNegative[int]] = 5000  # Steps between checkpoints; 0: only when the run ends or stops.
-    keep_checkpoints: MayChange[Positive[int]] = 2  # Newest checkpoints that are kept, in case one is damaged.
-    milestone_every: MayChange[NotNegative[int]] = 0  # Steps between checkpoints that are kept for ever; 0: none.
+    log_every: MayChange[PositiveInt] = 100  # Steps between lines of metrics.
+    sample_every: MayChange[NonNegativeInt] = 10_000  # Steps between sample grids; 0: only at the end.
+    save_every: MayChange[NonNegativeInt] = 5000  # Steps between checkpoints; 0: only when the run ends or stops.
+    keep_checkpoints: MayChange[PositiveInt] = 2  # Newest checkpoints that are kept, in case one is damaged.
+    milestone_every: MayChange[NonNegativeInt] = 0  # Steps between checkpoints that are kept for ever; 0: none.
     wandb: MayChange[Literal["online", "offline", "disabled"] | None] = None  # None: WANDB_MODE, or online, or offline.
     wandb_project: MayChange[str] = "diffusion"  # Project under which wandb files the run.
 

@@ -28,7 +28,7 @@ import torch
 from build import read_data
 from command_line import fail, parse, start
 from conditions import CORRUPTIONS
-from config import HERE, NotNegative, Positive, Within
+from config import HERE, NonNegativeInt, PositiveInt, Within
 from data_utils import Cases, Dataset, cases
 from distributed import gather_rows, on_rank0, print0, set_up, share, world_size
 from likelihood import bits_per_dim, log_likelihoods
@@ -58,14 +58,14 @@ SHOWN, NEIGHBOURS = 20, 3  # samples in the picture of neighbours, and neighbour
 class Options(Drawing):
     # Samples of each seed, for `fid` 50000. None: 1,000 images or 5,000 vectors.
     num: Annotated[int | None, Within(f"[{LEAST}, inf)")] = None
-    seeds: Positive[int] = 3  # Sets of samples, with seeds from `seed` on.
+    seeds: PositiveInt = 3  # Sets of samples, with seeds from `seed` on.
     reference: Literal["train", "test"] = "train"  # Split that the samples are compared with.
     # Features of images. None: inception for colour images of 32 pixels or more, else classifier.
     extractor: Literal[tuple(EXTRACTORS)] | None = None
     regression: str | None = None  # Checkpoint of a run with --trainer regression, to compare forecasts with.
-    likelihood_num: NotNegative[int] = 300  # Test items for bits per dimension, 0 for none.
-    loss_num: NotNegative[int] = 2000  # Draws for the loss by t, 0 for none.
-    neighbours_num: NotNegative[int] = 1000  # Samples whose nearest training images are looked for, 0 for none.
+    likelihood_num: NonNegativeInt = 300  # Test items for bits per dimension, 0 for none.
+    loss_num: NonNegativeInt = 2000  # Draws for the loss by t, 0 for none.
+    neighbours_num: NonNegativeInt = 1000  # Samples whose nearest training images are looked for, 0 for none.
     curve: tuple[int, ...] = ()  # Steps at which all samplers are compared, such as 5 10 20 40.
     out: str | None = None  # Folder of the results; None: one in evaluation/ beside the checkpoint.
     wandb: Literal["online", "offline", "disabled"] | None = None  # None: the run's own.

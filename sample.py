@@ -23,7 +23,7 @@ import torch
 import saving
 from build import build, check_settings, read_data
 from command_line import fail, optional_settings, parse, start
-from config import Config, NotNegative, Positive, Within, problems
+from config import Config, NonNegativeInt, PositiveInt, Within, problems
 from data_utils import Cases, DataSpec, cases, load_dataset
 from distributed import gather_rows, on_rank0, print0, rank0_first, set_up
 from logging_utils import coloured, image_grid, picture_of, save_picture
@@ -49,11 +49,11 @@ class Drawing(optional_settings(Config, "sampling")):
 
 @dataclass(kw_only=True)
 class Options(Drawing):
-    num: Positive[int] = 1000  # Number of samples.
+    num: PositiveInt = 1000  # Number of samples.
     out: str = "samples"  # Files to write: OUT.npz, and OUT.png.
     labels: tuple[int, ...] = ()  # Labels to draw, in turn, such as 3 5 7; none: all.
     cond: str | None = None  # File of conditions, .npy or .npz with arr_0, as data are stored. None: of test items.
-    rollout: NotNegative[int] = 0  # Forecasts of forecasts, so many after each other, as OUT.gif; 0: none.
+    rollout: NonNegativeInt = 0  # Forecasts of forecasts, so many after each other, as OUT.gif; 0: none.
     trajectory: bool = False  # Write OUT.gif: the first 100 images or 2,000 points on their way from noise.
 
 

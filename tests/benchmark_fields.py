@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmark import PARTS, Options, main, make_trainer, time_alternately, train  # noqa: E402
 from command_line import start  # noqa: E402
-from config import Positive  # noqa: E402
+from config import PositiveFloat  # noqa: E402
 from data_utils import Dataset, DataSpec  # noqa: E402
 from distributed import print0, world_size  # noqa: E402
 from fields import open_frames  # noqa: E402
@@ -69,7 +69,7 @@ PARTS["fields"] = measure_fields
 @dataclass
 class FieldOptions(Options):
     parts: tuple[Literal["fields"], ...] = ("fields",)  # What to measure.
-    gigabytes: Positive[float] = 1.0  # Size of the file, and of the same in memory.
+    gigabytes: PositiveFloat = 1.0  # Size of the file, and of the same in memory.
 
 
 if __name__ == "__main__":

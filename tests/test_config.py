@@ -59,7 +59,7 @@ def test_every_setting_has_a_type_a_default_and_a_comment():
 
 def test_a_new_setting_is_one_line(tmp_path):
     """Its line alone brings the flag, its help, its range, the option of sample.py, and that it may change."""
-    line = '    spice: Sampling[Share[float]] = 0.25  # Spice of the samples.\n'
+    line = '    spice: Sampling[Share] = 0.25  # Spice of the samples.\n'
     source = (ROOT / "config.py").read_text()
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
