@@ -3,7 +3,8 @@
 `parse` fills a dataclass of settings from flags; wrong ones end the program in one line, by `fail`. `start` runs a
 script and listens to signals: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP raise `Stopped`, except in training, which
 defers them (`deferred_signals`) and asks after each step whether to stop (`stop_requested`), to write a checkpoint
-first. Only the first signal counts. Nothing here is heavy to import.
+first. Only the first signal counts. Which of the ranks a process is can be asked here too. Nothing here is heavy to
+import.
 """
 
 import contextlib
@@ -23,8 +24,17 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
     SIGNALS.append(signal.SIGHUP)
 STATUS = 75  # of a stopped run, which the same command resumes: EX_TEMPFAIL of sysexits.h, "try again later"
-RANK = int(os.environ.get("RANK", 0))
 LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun, if it started this process
+
+
+def rank():
+    """This process among all, from 0; torchrun sets it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    """Number of ranks; torchrun sets it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ---- Signals
@@ -96,9 +106,9 @@ def start(script, resumable=False):
 def fail(message, status=2):
     """Ends the program with one line on stderr and this exit status. Rank 0 prints an error that all ranks have."""
     stop_listening(signal.SIG_DFL)
-    if RANK > 0:
+    if rank() > 0:
         time.sleep(5)  # when one process ends, torchrun ends them all: this prints only if rank 0 printed nothing
-        message = f"rank {RANK}: {message}"
+        message = f"rank {rank()}: {message}"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
@@ -107,7 +117,7 @@ def end_stopped(stop: Stopped):
     """Ends the program after a signal, with one line on stderr. Further signals are ignored."""
     stop_listening(signal.SIG_IGN)
     status = STATUS if Received.resumable else 128 + Received.number
-    if RANK == 0:
+    if rank() == 0:
         resume = "; the same command resumes it" if Received.resumable else ""
         print(f"stopped by {stop}{resume}", file=sys.__stderr__)  # also where stderr is redirected
     sys.exit(status)
@@ -139,7 +149,7 @@ def parse(cls, arguments, default=None, description=None):
     if "--" in arguments:
         fail("'--' is no setting: expected --setting value")
     try:
-        stdout = open(os.devnull, "w", encoding="utf-8") if RANK > 0 else sys.stdout
+        stdout = open(os.devnull, "w", encoding="utf-8") if rank() > 0 else sys.stdout
         with contextlib.redirect_stderr(messages), contextlib.redirect_stdout(stdout):
             options = tyro.cli(cls, args=arguments, default=default, description=description,
                                config=(tyro.conf.FlagConversionOff,))
@@ -166,7 +176,7 @@ def read_config(arguments, cls=Config, usage="Trains a diffusion model. Usage: m
     description = (f"{usage} [PRESET] [--setting value ...], with PRESET one of {', '.join(PRESETS)}. The defaults "
                    f"below are those of {preset}.")
     config = parse(cls, arguments, cls(**PRESETS[preset]), description)
-    for problem in problems(config, int(os.environ.get("WORLD_SIZE", 1))):
+    for problem in problems(config, world_size()):
         fail(problem)
     return config
 

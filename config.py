@@ -42,6 +42,7 @@ PositiveFloat = Annotated[float, Within("(0, inf)")]
 NonNegativeInt = Annotated[int, Within("[0, inf)")]
 NonNegativeFloat = Annotated[float, Within("[0, inf)")]
 Share = Annotated[float, Within("[0, 1)")]
+Seed = Annotated[int, Within("[0, 4294967296)")]
 # A setting that may change when a run resumes: it changes how long the run is, where its files are, how it is run and
 # how it is watched. It changes steps by no more than rounding (device, bf16, ...) or the draws of dropout
 # (accumulation_steps). The cosine schedule follows num_training_steps, and data_dir must hold the same data.
@@ -56,7 +57,7 @@ class Config:
     # ---- The run
     run_name: MayChange[str] = "cifar10"  # Its folder is CKPT_DIR/RUN_NAME. The same command resumes a stopped run.
     ckpt_dir: MayChange[str] = "ckpts"  # Folder of all runs.
-    seed: Annotated[int, Within("[0, 4294967296)")] = 0  # Seed of everything random: weights, batches, times, noise.
+    seed: Seed = 0  # Seed of everything random: weights, batches, times, noise.
 
     # ---- Data
     dataset: key_of("data_utils.DATASETS") | str = "cifar10"  # A name, FILE.npz, FILE.npy, or FOLDER.

@@ -21,7 +21,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from command_line import Stopped, end_stopped, fail, stop_listening, stop_requested
+from command_line import Stopped, end_stopped, fail, rank, stop_listening, stop_requested, world_size
 from utils import OUT_OF_MEMORY, UserError, first_line, keep_freed_memory
 
 CALLS = itertools.count()  # numbers the calls of on_rank0, in the same way on all ranks
@@ -29,16 +29,6 @@ PATIENCE = datetime.timedelta(hours=12)  # how long the other ranks wait for wha
 
 
 # ---- Ranks
-
-
-def rank():
-    """This process among all, from 0; torchrun sets it."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size():
-    """Number of ranks; torchrun sets it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def print0(*args):

@@ -15,7 +15,7 @@ import copy
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ import torch
 import saving
 from build import build, check_settings, read_data
 from command_line import fail, optional_settings, parse, start
-from config import Config, NonNegativeInt, PositiveInt, Within, problems
+from config import Config, NonNegativeInt, PositiveInt, Seed, problems
 from data_utils import Cases, DataSpec, cases, load_dataset
 from distributed import gather_rows, on_rank0, print0, rank0_first, set_up
 from logging_utils import coloured, image_grid, picture_of, save_picture
@@ -43,7 +43,7 @@ class Drawing(optional_settings(Config, "sampling")):
     weights: Literal["ema", "raw"] = "ema"  # Averaged weights, or those of the last step.
     # Autoguidance: checkpoint of a worse network for the same data. None: the network itself, without labels.
     guide: str | None = None
-    seed: Annotated[int, Within("[0, 4294967296)")] = 0  # Seed of the samples.
+    seed: Seed = 0  # Seed of the samples.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one.
 
 
