@@ -29,7 +29,6 @@ from conditions import CORRUPTIONS
 from fields import CHANNELS, Frames, Items, channels_first, open_frames, shards, statistics, vorticity
 from logging_utils import Progress
 from utils import (
-    RowNoise,
     UserError,
     append_dims,
     call_with_settings,
@@ -38,6 +37,7 @@ from utils import (
     look_up,
     make_seed,
     parameters_of,
+    row_noise,
     write_atomically,
 )
 
@@ -152,7 +152,7 @@ class Dataset:
 
 def uniform_rows(rows, device, *keys):
     """A function that returns numbers (B, *shape) in (0, 1) for `rows`, of which each is a function of `keys` and i."""
-    return lambda *shape: torch.special.ndtr(RowNoise(rows, shape, device, *keys)()).clamp(max=1 - 2**-24)
+    return lambda *shape: torch.special.ndtr(row_noise(rows, shape, device, *keys)()).clamp(max=1 - 2**-24)
 
 
 def kept(name, key, write):

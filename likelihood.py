@@ -19,7 +19,7 @@ import torch
 
 from processes import Process
 from sampling import field_of, solve_adaptively
-from utils import RowNoise, call_with_settings, in_batches, look_up
+from utils import call_with_settings, in_batches, look_up, row_noise
 
 # The vector e of Hutchinson's estimate, made from standard normal noise. None: the exact divergence.
 PROBES = {
@@ -93,7 +93,7 @@ def log_likelihoods(net, process: Process, data, *, rows: range, device, seed, T
     model_type; and of `flow`. Others are ignored. Raises UserError for an unknown probe.
     """
     def log_p(batch: range):
-        noise = RowNoise(batch, data.shape[1:], device, seed, "likelihood")
+        noise = row_noise(batch, data.shape[1:], device, seed, "likelihood")
         x0 = data[batch.start : batch.stop].to(device)
         if bin_width:
             x0 = x0 + bin_width * (torch.special.ndtr(noise()) - 0.5)

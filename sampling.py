@@ -25,7 +25,7 @@ from torch import Tensor
 
 from prediction import convert, error_factor, without_mean
 from processes import BASES, Process
-from utils import RowNoise, UserError, call_with_settings, in_batches, look_up, parameters_of
+from utils import UserError, call_with_settings, in_batches, look_up, parameters_of, row_noise
 
 MAX_ERROR_FACTOR, LATEST_RATIO = 1000.0, 20.0  # see Field
 
@@ -434,7 +434,7 @@ def draw(net, process: Process, *, rows: range, shape, device, seed, sampler, sa
 
     @torch.no_grad()
     def draw_batch(batch: range) -> tuple[Tensor, int]:
-        noise = RowNoise(batch, shape, device, seed, "sample")
+        noise = row_noise(batch, shape, device, seed, "sample")
         field = field_of(batch, shape, device, net=net, **settings)
         x = call_with_settings(solve, {**settings, "noise": noise, "denoise": sampler_denoises}, field=field,
                                x=process.at(T_max).sigma * noise(), ts=ts)

@@ -25,7 +25,7 @@ from optimizers import learning_rate, take_step
 from prediction import convert, loss_weight, target, without_mean
 from processes import BASES, RectifiedFlow
 from runs import Run
-from utils import RowNoise, UserError, append_dims, call_with_settings, make_seed, seed_torch
+from utils import UserError, append_dims, call_with_settings, make_seed, row_noise, seed_torch
 
 
 class Batch(NamedTuple):
@@ -84,7 +84,7 @@ class DiffusionTrainer(Run):
             flipped = append_dims(uniform() < 0.5, x0.ndim)
             x0, cond = (torch.where(flipped, x.flip(-1), x) if x is not None and x.ndim == 4 else x for x in (x0, cond))
         cond = self.dataset.condition(x0, cond, uniform_rows(rows, self.device, config.seed, "corruption", step))
-        x1 = RowNoise(rows, self.spec.shape, self.device, config.seed, "noise", step)()
+        x1 = row_noise(rows, self.spec.shape, self.device, config.seed, "noise", step)()
         if coupling:
             x1 = x1[coupling(x0, x1, label)]
         if config.class_conditional or config.cond_dropout:  # the same number: both are hidden together

@@ -1,6 +1,6 @@
 """Small helpers that every file may use: one-line errors, names and settings, shapes, seeds, memory, and whole files.
 
-Randomness: `make_seed` mixes any numbers and words into one seed. `RowNoise` draws row i of a batch as a function of
+Randomness: `make_seed` mixes any numbers and words into one seed. `row_noise` draws row i of a batch as a function of
 (seed, i) alone: a rank that holds rows 64 to 127 draws only these, and gets what a single rank would get for them.
 """
 
@@ -16,7 +16,7 @@ import zlib
 import numpy as np
 import torch
 
-NOISE_BLOCK = 16  # rows that share one generator in `RowNoise`: few launches, and few rows drawn for nothing
+NOISE_BLOCK = 16  # rows that share one generator in `row_noise`: few launches, and few rows drawn for nothing
 OUT_OF_MEMORY = "MemoryError|can't allocate memory|CUDA error: out of memory|CU(DNN|BLAS)_STATUS_ALLOC_FAILED"
 
 
@@ -121,23 +121,21 @@ def seed_torch(seed, device):
     (torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]).manual_seed(seed)
 
 
-class RowNoise:
-    """Standard normal noise for `rows` of a batch: each call gives the next (len(rows), *shape), float32.
+def row_noise(rows, shape, device, *keys):
+    """A function whose calls return standard normal noise for `rows` of a batch, (len(rows), *shape), float32.
 
     On one kind of device, row i of the n-th call depends on `keys`, n and i alone. Samplers call it with their state,
     as they would call torch.randn_like.
     """
+    first, before = divmod(rows.start, NOISE_BLOCK)  # block, and rows in it that come before the first of `rows`
+    seeds = make_seeds(-(-rows.stop // NOISE_BLOCK), *keys)[first:]
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def __init__(self, rows, shape, device, *keys):
-        self.shape = (NOISE_BLOCK, *shape)
-        first, before = divmod(rows.start, NOISE_BLOCK)  # block, and rows in it that come before the first of `rows`
-        seeds = make_seeds(-(-rows.stop // NOISE_BLOCK), *keys)[first:]
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self.own_rows = slice(before, before + len(rows))
+    def noise(like=None):
+        blocks = [torch.randn(NOISE_BLOCK, *shape, device=g.device, generator=g) for g in generators]
+        return torch.cat(blocks)[before : before + len(rows)]
 
-    def __call__(self, like=None):
-        blocks = [torch.randn(self.shape, device=g.device, generator=g) for g in self.generators]
-        return torch.cat(blocks)[self.own_rows]
+    return noise
 
 
 # ---- Devices and memory

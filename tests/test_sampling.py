@@ -16,7 +16,7 @@ from likelihood import log_likelihood
 from prediction import PREDICTIONS
 from processes import PROCESSES, Foellmer, make_process
 from sampling import DIFFUSIONS, GRIDS, ODE_SAMPLERS, SAMPLERS, SDE_SAMPLERS, Field, draw, make_grid
-from utils import RowNoise, UserError, call_with_settings
+from utils import UserError, call_with_settings, row_noise
 
 SETTINGS = dict(model_type="velocity", sampling_steps=4, T_min=1e-3, T_max=0.999)
 GRID_SETTINGS = dict(grid_shift=3.0, rho=7.0)
@@ -255,7 +255,7 @@ def test_the_preset_cifar10_edm_is_edms_sampler(sampler, changes):
 
     settings |= dict(rows=range(64), shape=(2,), device="cpu", process=process)
     got = drawn(net, **settings)
-    noise = RowNoise(range(64), (2,), "cpu", 0, "sample")
+    noise = row_noise(range(64), (2,), "cpu", 0, "sample")
     start, N = 80 * noise().double(), settings["sampling_steps"] + 1
     names = ("churn", "churn_min", "churn_max", "churn_noise") if sampler == "edm_churn" else ()
     churn = {name: settings[name] for name in names}
@@ -271,7 +271,7 @@ def test_what_steps_in_a_warped_time_cost():
         net = gaussian(process, mean=0.0)
         got = drawn(net, process, rows=range(4000), shape=(1,), device="cpu", seed=0, sampler="heun", grid="edm",
                     rho=7.0, denoise=True, T_min=0.0, T_max=1.0, model_type="velocity", sampling_steps=17)
-        x = net.flow(process.at(1.0).sigma * RowNoise(range(4000), (1,), "cpu", 0, "sample")(), 1.0, 0.0)
+        x = net.flow(process.at(1.0).sigma * row_noise(range(4000), (1,), "cpu", 0, "sample")(), 1.0, 0.0)
         errors[name] = (got - Field(net, process, "velocity")(x, 0.0, "x0")).square().mean().sqrt().item()
     print(errors)
     assert errors["ve_linear"] == pytest.approx(0.028, abs=0.002) and errors["edm"] == pytest.approx(0.11, abs=0.01)

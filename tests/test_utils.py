@@ -12,7 +12,6 @@ from conftest import run
 
 from logging_utils import Progress
 from utils import (
-    RowNoise,
     UserError,
     append_dims,
     call_with_settings,
@@ -22,6 +21,7 @@ from utils import (
     look_up,
     make_seed,
     make_seeds,
+    row_noise,
     seed_torch,
     write_atomically,
 )
@@ -83,7 +83,7 @@ def test_many_seeds_from_the_same_keys():
 
 def test_row_noise_is_a_function_of_the_row_and_the_call():
     def draw(rows, seed=5):
-        noise = RowNoise(rows, (2, 3), "cpu", seed, "noise")
+        noise = row_noise(rows, (2, 3), "cpu", seed, "noise")
         return torch.stack([noise(), noise()])
 
     whole = draw(range(100))
@@ -91,7 +91,7 @@ def test_row_noise_is_a_function_of_the_row_and_the_call():
         assert torch.equal(draw(rows), whole[:, rows.start : rows.stop])
     assert len(whole.flatten().unique()) == whole.numel()
     assert not torch.equal(draw(range(100), 6), whole)
-    big = RowNoise(range(4000), (16,), "cpu", 0)()
+    big = row_noise(range(4000), (16,), "cpu", 0)()
     assert abs(big.mean()) < 0.02 and abs(big.std() - 1) < 0.01  # five standard errors of 64,000 draws
 
 
