@@ -368,19 +368,13 @@ class AroundMean(Process):
     """`process` with the base N(m, base_std^2 I): sigma -> base_std sigma, and shift = sigma."""
 
     def __init__(self, process: Process, base_std):
-        self.process, self.std, self.shift, self.shift_dot = process, base_std, process.sigma, process.sigma_dot
         self.alpha, self.alpha_dot = process.alpha, process.alpha_dot
+        self.shift, self.shift_dot = process.sigma, process.sigma_dot
+        self.sigma = lambda t: base_std * process.sigma(t)
+        self.sigma_dot = lambda t: base_std * process.sigma_dot(t)
+        self.inverse = lambda log_snr: process.inverse(log_snr + 2 * math.log(base_std))
         if process.half_g2:
             self.half_g2 = lambda t: base_std**2 * process.half_g2(t)
-
-    def sigma(self, t):
-        return self.std * self.shift(t)
-
-    def sigma_dot(self, t):
-        return self.std * self.shift_dot(t)
-
-    def inverse(self, log_snr):
-        return self.process.inverse(log_snr + 2 * math.log(self.std))
 
 
 def first_channels(cond, shape):
