@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT, run
 
 from config import PRESETS, Config, marks, problems
-from data_utils import cases, load_dataset
+from data_utils import Batches, cases, load_dataset
+from distributed import set_up
 from optimizers import learning_rate
 from prediction import loss_weight
 from processes import make_process
@@ -24,7 +25,7 @@ NAMES = [field.name for field in dataclasses.fields(Config)]
 def readers() -> dict[str, set[str]]:
     """For each setting the functions and classes that read it: they name it as a parameter, or as config.NAME."""
     found = {name: set() for name in NAMES}
-    functions = load_dataset, cases, make_process, loss_weight, make_grid, draw, Field, learning_rate
+    functions = load_dataset, Batches, cases, make_process, loss_weight, make_grid, draw, Field, learning_rate, set_up
     called = {f.__name__: f for f in functions}
     for file, table in re.findall(r'key_of\("(\w+)\.(\w+)"\)', (ROOT / "config.py").read_text()):
         called |= {f"{table}[{name!r}]": entry for name, entry in getattr(importlib.import_module(file), table).items()}
