@@ -110,11 +110,8 @@ def build(config: Config, spec: DataSpec, device) -> tuple[Process, nn.Module]:
                         "conditions, as unet.py does")
     check_condition(config, spec)
     torch.manual_seed(make_seed(config.seed, "weights"))
-    try:
-        net = call_with_settings(network, {**vars(config), "num_classes": num_classes, "cond_shape": cond_shape},
-                                 data_shape=spec.shape)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    net = call_with_settings(network, {**vars(config), "num_classes": num_classes, "cond_shape": cond_shape},
+                             data_shape=spec.shape)
     process = make_process(**vars(config))
     if config.precondition:
         net = Preconditioned(net, process)

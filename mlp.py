@@ -12,20 +12,20 @@ import math
 import torch
 from torch import nn
 
-from utils import zero
+from utils import UserError, zero
 
 
 class MLP(nn.Module):
     """The MLP. `data_shape` is (D,), and `cond_shape` (C,). With `num_classes` 0 it ignores labels.
 
-    Raises ValueError for data and conditions that are no vectors.
+    Raises UserError for data and conditions that are no vectors.
     """
 
     def __init__(self, data_shape, num_classes=0, hidden_dim=256, num_layers=4, dropout=0.0, cond_shape=()):
         super().__init__()
         for shape in data_shape, cond_shape or (1,):
             if len(shape) != 1:
-                raise ValueError(f"mlp takes vectors, not data of shape {tuple(shape)}: use --network unet")
+                raise UserError(f"mlp takes vectors, not data of shape {tuple(shape)}: use --network unet")
         self.register_buffer("frequencies", math.pi * torch.logspace(-1, 6, 32, base=2.0), persistent=False)
         self.data = nn.Linear(data_shape[0] + sum(cond_shape), hidden_dim)
         self.time = nn.Linear(2 * len(self.frequencies), hidden_dim)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import enlarged, zero
+from utils import UserError, enlarged, zero
 
 
 def largest_divisor(n, most):
@@ -141,22 +141,22 @@ class UNet(nn.Module):
     Each channel_mult is one resolution: its blocks have channel_mult * model_channels channels, and the next resolution
     has half the height and width. `attention_resolutions` are heights in pixels. A network with `num_classes` 0 ignores
     labels, and one without `cond_shape`, the shape of a condition as the network gets it, ignores conditions. Raises
-    ValueError for data that are no images, sides that do not divide, and heights that do not occur.
+    UserError for data that are no images, sides that do not divide, and heights that do not occur.
     """
 
     def __init__(self, data_shape, num_classes=0, model_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2,
                  attention_resolutions=(16,), dropout=0.0, cond_shape=()):
         super().__init__()
         if len(data_shape) != 3:
-            raise ValueError(f"unet takes images, not data of shape {tuple(data_shape)}: use --network mlp")
+            raise UserError(f"unet takes images, not data of shape {tuple(data_shape)}: use --network mlp")
         C, H, W = data_shape
         halvings = 2 ** (len(channel_mults) - 1)
         if H % halvings or W % halvings:
-            raise ValueError(f"unet halves {H} x {W} images {len(channel_mults) - 1} times: use fewer --channel_mults, "
-                             f"or sides divisible by {halvings}")
+            raise UserError(f"unet halves {H} x {W} images {len(channel_mults) - 1} times: use fewer --channel_mults, "
+                            f"or sides divisible by {halvings}")
         sides = [H // 2**level for level in range(len(channel_mults))]
         if not set(attention_resolutions) <= set(sides):
-            raise ValueError(
+            raise UserError(
                 f"attention_resolutions {' '.join(map(str, attention_resolutions))}: unet has {H} x {W} images "
                 f"at heights {' '.join(map(str, sides))}: choose from these, or none for attention in the middle only")
         emb_dim = 4 * model_channels
