@@ -121,8 +121,9 @@ def compare_features(x, reference):
     fid = metric_fid.fid_statistics_to_metric(metric_fid.fid_features_to_statistics(x.double()), gaussian, False)
     kid = metric_kid.kid_features_to_metric(x, y, kid_subset_size=min(1000, len(x), len(y)), verbose=False)
     prc = metric_prc.prc_features_to_metric(x[:SUBSET], y, save_cpu_ram=True, prc_batch_size=1000, verbose=False)
-    return {f"fd{len(x)}": fid["frechet_inception_distance"], "kid": kid["kernel_inception_distance_mean"],
-            "precision": prc["precision"], "recall": prc["recall"]}
+    found = {f"fd{len(x)}": fid["frechet_inception_distance"], "kid": kid["kernel_inception_distance_mean"],
+             "precision": prc["precision"], "recall": prc["recall"]}
+    return found
 
 
 @torch.no_grad()
