@@ -189,8 +189,7 @@ def measure_sampling(trainer):
             net(formatted(config, batch.x1), batch.t, batch.label, batch.cond)
 
     for sampler in SAMPLERS:
-        draw = functools.partial(trainer.draw, config, trainer.spec, trainer.process, net, trainer.device,
-                                 Cases(config.batch_size, batch.label, batch.cond), sampler)
+        draw = functools.partial(trainer.samples, "ema", sampler, Cases(config.batch_size, batch.label, batch.cond))
         try:
             calls, times = draw()[1], time_alternately({"call": repeated(call), "draw": repeated(draw)}, config)
             yield sampler, {"calls": calls, "images_per_s": config.batch_size / times["draw"],

@@ -140,9 +140,9 @@ class Run:
         return cases(self.held_out, num, self.config.samples_per_cond, self.config.class_conditional)
 
     def samples(self, weights, sampler, cases: Cases):
-        """Decoded samples, of which each rank draws its share."""
+        """Decoded samples, of which each rank draws its share, and the mean network calls of one."""
         net = self.net if weights == "raw" else self.ema.net
-        return self.draw(self.config, self.spec, self.process, net, self.device, cases, sampler)[0]
+        return self.draw(self.config, self.spec, self.process, net, self.device, cases, sampler)
 
     def sample_and_evaluate(self):
         """Draws grids and evaluates, if due after this step and not done yet. A signal breaks this off."""
@@ -170,7 +170,7 @@ class Run:
             if on_rank0(os.path.exists, path):
                 continue
             with self.failures_reported(f"grid of {weights} weights by {sampler}"):
-                samples = self.samples(weights, sampler, drawn_for)
+                samples, _ = self.samples(weights, sampler, drawn_for)
                 on_rank0(self.show, f"{weights}_{sampler}", path, samples, drawn_for)
         self.net.train()
 
@@ -181,7 +181,7 @@ class Run:
         with self.failures_reported("evaluation"):
             self.evaluator = self.evaluator or Evaluator(self.dataset, self.dataset, self.device)
             drawn_for = self.cases(self.config.evaluation_samples)
-            samples = self.samples("ema", self.config.sampler, drawn_for)
+            samples, _ = self.samples("ema", self.config.sampler, drawn_for)
             values = self.evaluator(samples, drawn_for.labels, drawn_for.truth)
             on_rank0(lambda: self.logger.log(self.step, values, kind="evaluation"))
 
