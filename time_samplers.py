@@ -102,15 +102,18 @@ class Beta(Uniform):
     time_beta_a: float = 1.0
     time_beta_b: float = 2.0
 
+    def shapes(self, like):
+        """a and b, in the shape of `like`, float64."""
+        return (torch.full_like(like, shape, dtype=torch.float64) for shape in (self.time_beta_a, self.time_beta_b))
+
     def unit(self, batch_size, **where):
         # torch.distributions.Beta calls this function too, but accepts no generator
-        a, b = (torch.full((batch_size,), shape, dtype=torch.float64, device=where["device"])
-                for shape in (self.time_beta_a, self.time_beta_b))
-        x, y = (torch._standard_gamma(shape, where["generator"]) for shape in (a, b))
+        x, y = (torch._standard_gamma(shape, where["generator"])
+                for shape in self.shapes(torch.empty(batch_size, device=where["device"])))
         return x / (x + y)
 
     def unit_density(self, u):
-        a, b = (torch.full_like(u, shape, dtype=torch.float64) for shape in (self.time_beta_a, self.time_beta_b))
+        a, b = self.shapes(u)
         # its validation of arguments would wait for a GPU
         return torch.distributions.Beta(a, b, validate_args=False).log_prob(inside(u)).exp()
 
