@@ -84,7 +84,7 @@ def check_sampler(config: Config, process: Process, sampler, name="sampler", fix
                         f"noise is not independent of the data: use --{name} {fix}")
     if process.at(config.T_max).sigma == 0 and sampler not in FROM_A_POINT:
         raise UserError(f"{name} {sampler} cannot leave a point, which the base of process {config.process} is at "
-                        f"T_max {config.T_max}: use --{name} euler_maruyama, or --T_max 0.9999")
+                        f"T_max {config.T_max}: use --{name} euler_maruyama, or a run with --T_max 0.9999")
 
 
 def make_time_sampler(config: Config, process: Process) -> Uniform:
@@ -166,11 +166,14 @@ def read_data(config: Config, split="train", spec: DataSpec | None = None) -> Da
     """
     dataset = rank0_first(lambda first: load_dataset(config.dataset, download=first, split=split, **vars(config)))
     there = dataset.spec
-    if spec and ((there.shape, there.cond_shape) != (spec.shape, spec.cond_shape) or (
+
+    def kind(spec):
+        return f"{'fields' if spec.is_field else 'items'} of shape {spec.shape} with conditions of {spec.cond_shape}"
+
+    if spec and (kind(there) != kind(spec) or (
             config.class_conditional and not 0 < there.num_classes <= spec.num_classes)):
-        raise UserError(f"the {split} split has items of shape {there.shape}, conditions of {there.cond_shape} and "
-                        f"{there.num_classes} classes, and the run was trained on {spec.shape}, {spec.cond_shape} and "
-                        f"{spec.num_classes}: set --data_dir to that of the run")
+        raise UserError(f"the {split} split has {kind(there)}, in {there.num_classes} classes, and the run was trained "
+                        f"on {kind(spec)}, in {spec.num_classes}: set --data_dir to that of the run, or mend the split")
     return replace(dataset, spec=spec or there)
 
 

@@ -93,7 +93,7 @@ class Config:
     # ---- Prediction, loss and training times
     model_type: key_of("prediction.PREDICTIONS") = "velocity"  # What the network outputs.
     target_type: key_of("prediction.PREDICTIONS") = "velocity"  # What the loss compares.
-    precondition: bool = False  # Give the network xt at unit variance, and log(sigma / alpha) / 4 for t, as EDM does.
+    precondition: bool = False  # Give the network xt / std(xt - shift m), and log(sigma / alpha) / 4 for t (EDM).
     sigma_data: PositiveFloat = 0.5  # Standard deviation of the data: precondition, prediction and weighting edm.
     loss_weighting: key_of("prediction.LOSS_WEIGHTINGS") = "none"  # Weight of each time in the loss.
     min_snr_gamma: PositiveFloat = 5.0  # min_snr: the greatest weight.
@@ -277,7 +277,7 @@ def problems(c: Config, world_size=1, guide=None):
         f"guidance_scale {c.guidance_scale} needs a network that was trained without labels or condition too: train "
         "with --class_conditional True --label_dropout 0.1, or --cond_dropout 0.1; or draw with a --guide, or with "
         "--guidance_scale 1":
-            c.guidance_scale != 1 and not (guide or c.class_conditional and c.label_dropout or c.cond_dropout),
+            c.guidance_scale != 1 and not (guide or (c.label_dropout if c.class_conditional else c.cond_dropout)),
         "guide does nothing at guidance_scale 1: use --guidance_scale 2, or leave --guide out":
             guide and c.guidance_scale == 1,
         f"guidance_t_min {c.guidance_t_min} is above guidance_t_max {c.guidance_t_max}: lower --guidance_t_min, or "

@@ -73,8 +73,9 @@ class DataSpec:
 
     @property
     def cond_has_channels(self):
-        """Whether the condition has the data's channels, as images for images, so that it can be compared with them."""
-        return len(self.cond_shape) == len(self.shape) and self.cond_shape[0] >= self.shape[0]
+        """Whether the condition begins with the data's channels, on their scale, so that it is comparable with them."""
+        return (len(self.cond_shape) == len(self.shape) and self.cond_shape[0] >= self.shape[0]
+                and self.cond_std[: len(self.std)] == self.std)
 
     def encode(self, data):
         """Data (B, ...) as they are stored -> float32 on the network's scale."""
@@ -402,7 +403,7 @@ def load_dataset(name, data_dir="data", image_size=32, download=False, split="tr
     the frame `lag` earlier in its trajectory, if this is not 0, or what the `corruption` of this name leaves of it;
     `settings` may hold its arguments. Raises UserError for an unknown name, and for data that are missing or bad.
     """
-    if name.endswith((".npz", ".npy")) or os.path.isdir(name):
+    if name.endswith((".npz", ".npy")) or name not in DATASETS and os.path.isdir(name):
         dataset = from_files(name, split, channels)
     else:
         function = look_up(DATASETS | {"a FILE.npz or FILE.npy, or a FOLDER of .npy files": None}, name)

@@ -81,6 +81,11 @@ class Evaluation(Loaded):
     def __init__(self, options: Options, device):
         super().__init__(options, device)
         config, spec = self.config, self.spec
+        path = options.regression
+        self.regression = run = Loaded(replace(options, ckpt=path, guide=None), device) if path else None
+        if run and (run.config.trainer != "regression" or run.spec != spec):
+            raise UserError(f"{path} is no regression for these data: train one with the settings of this run and "
+                            "--trainer regression")
         options.num = options.num or (1000 if spec.is_image else 5000)
         self.data = {"train": read_data(config, "train", spec)}
         try:
@@ -187,7 +192,7 @@ def real_data(e: Evaluation):
     """
     train, test, evaluator, what = e.data["train"], e.data.get("test"), e.evaluator, "the other split"
     dataset = test if e.options.reference == "train" else train
-    if test is None:
+    if test is None or len(test) < LEAST:
         dataset, reference = (replace(train, data=train.data[k::2]) for k in (0, 1))
         evaluator = Evaluator(train, reference, e.device, e.options.extractor)
         what = "one half of the training split, against the other"
@@ -212,12 +217,8 @@ def forecasts(e: Evaluation):
     found, one = {}, cases(e.source, len(given.truth), 1, config.class_conditional)  # one sample of each condition
     if spec.cond_has_channels:
         found["persistence" if config.lag else "condition"] = spec.decode(first_channels(one.cond, spec.shape))
-    if e.options.regression:
-        run = Loaded(replace(e.options, ckpt=e.options.regression, guide=None), e.device)
-        if run.config.trainer != "regression" or run.spec != spec:
-            raise UserError(f"{e.options.regression} is no regression for these data: train one with the settings of "
-                            "this run and --trainer regression")
-        found["regression"] = run.draw(one)[0]
+    if e.regression:
+        found["regression"] = e.regression.draw(one)[0]
     e.card["forecasts"] = {}
     for name, samples in {**found, "samples": e.samples}.items():
         values = {} if name == "samples" else e.evaluator(samples, one.labels, one.truth)
@@ -243,7 +244,8 @@ def forecasts(e: Evaluation):
 def likelihood(e: Evaluation):
     """Bits per dimension of test images, or nats of test vectors in the data's own units: mean and standard error."""
     test, spec = e.data.get("test"), e.spec
-    if not test or not e.options.likelihood_num or e.process.at(e.config.T_max).sigma == 0:  # no density at a point
+    known = e.config.trainer != "regression" and e.process.at(e.config.T_max).sigma > 0  # there is none at a point
+    if not test or not known or not e.options.likelihood_num:
         return
     items = e.random_items(test, e.options.likelihood_num)
     dims, rows, parts = math.prod(spec.shape), share(items.num), [torch.empty(0)]

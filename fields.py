@@ -25,7 +25,8 @@ def channels_first(images) -> np.ndarray:
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         return images
     images = images[:, None] if images.ndim == 3 else images
-    last = images.shape[1] not in CHANNELS and images.shape[3] in CHANNELS
+    first, last = images.shape[1::2]
+    last = last in CHANNELS and (first not in CHANNELS or last < first)
     return np.ascontiguousarray(np.moveaxis(images, 3, 1)) if last else images
 
 
@@ -33,7 +34,7 @@ class Items:
     """Some `rows` (all by default) of a map-style data set as one array: `items[rows]` reads these, one at a time.
 
     An item is a PIL image, an array (C, H, W), (H, W) or (D,), or a tuple that begins with one. What is read is float32
-    (N, ...), or uint8 if the items are, with the channels first. Raises UserError for items of different shapes.
+    (N, ...), or uint8 if the items are, with the channels first. Raises UserError for items of different type or shape.
     """
 
     def __init__(self, source, rows=None):
@@ -52,9 +53,10 @@ class Items:
     def read(self, rows):
         items = (self.source[int(i)] for i in rows)
         found = [np.asarray(item[0] if isinstance(item, tuple) else item) for item in items]
-        if len(shapes := {x.shape for x in found}) > 1:
-            raise UserError(f"items have different shapes, {' and '.join(map(str, shapes))}: expected one, so resize "
-                            "them in __getitem__")
+        kinds = {f"{x.dtype} {x.shape}" for x in found}
+        if len(kinds) > 1 or found[0].dtype.kind not in "buif":
+            raise UserError(f"items are {' and '.join(sorted(kinds))}: expected images or arrays of numbers, of one "
+                            "type and shape; convert and resize them in __getitem__")
         return np.stack(found)
 
 

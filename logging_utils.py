@@ -282,7 +282,7 @@ def picture_of(samples, columns=None, data=None, cases=None, spec=None):
     if samples.ndim == 2:
         return scatter_plot(samples, data)
     if cases and cases.cond is not None:
-        rows = min(16, len(samples) // cases.times)
+        rows = min(16, len(samples) // cases.times) or 1
         parts = [samples[: rows * cases.times].unflatten(0, (rows, -1))]
         if cases.cond.ndim == 4:
             channels = [min(k, cases.cond.shape[1] - 2) for k in range(spec.shape[0])]

@@ -25,7 +25,7 @@ class MLP(nn.Module):
         super().__init__()
         for shape in data_shape, cond_shape or (1,):
             if len(shape) != 1:
-                raise UserError(f"mlp takes vectors, not data of shape {tuple(shape)}: use --network unet")
+                raise UserError(f"mlp takes vectors, also as conditions, not shape {tuple(shape)}: use --network unet")
         self.register_buffer("frequencies", math.pi * torch.logspace(-1, 6, 32, base=2.0), persistent=False)
         self.data = nn.Linear(data_shape[0] + sum(cond_shape), hidden_dim)
         self.time = nn.Linear(2 * len(self.frequencies), hidden_dim)

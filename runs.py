@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import saving
 from build import TRAINING_STEPS, compiles, read_data
 from config import Config, marks
-from data_utils import Cases, cases
+from data_utils import Cases, DataSpec, cases
 from distributed import agreed_stop, gather_rows, on_rank0, print0, rank, world_size
 from ema import EMA
 from logging_utils import Logger, picture_of
@@ -131,8 +131,10 @@ class Run:
         """The test split, for whose conditions there are samples; the training split, if there is none or no condition.
         """
         if self.spec.cond_shape:
-            with contextlib.suppress(UserError):
+            try:
                 return read_data(self.config, "test", self.spec)
+            except UserError as error:
+                print0(f"conditions of samples are those of the training split: {error}")
         return self.dataset
 
     def cases(self, num) -> Cases:
@@ -220,7 +222,7 @@ class Run:
     def restore(self, path):
         """Resumes the run from a checkpoint."""
         state = saving.load(path)
-        saving.check_data(path, state["data"] | {"items": state["items"]},
+        saving.check_data(path, vars(DataSpec(**state["data"])) | {"items": state["items"]},
                           vars(self.spec) | {"items": len(self.dataset)})
         saving.restore(self.net, state["net"], path)
         self.ema.net.load_state_dict(state["ema"])

@@ -113,7 +113,7 @@ class Loaded:
 
 def conditions_of(path, run: Loaded) -> Cases:
     """Conditions in a file, each for `samples_per_cond` samples. Raises UserError if they are not such as the run's."""
-    data = rank0_first(lambda first: load_dataset(path))
+    data = rank0_first(lambda first: load_dataset(path, channels=run.config.channels if run.config.lag else ()))
     shape, times = run.spec.cond_shape, run.config.samples_per_cond
     if data.spec.shape != shape:
         raise UserError(f"{path} holds items of shape {data.spec.shape}, and the network takes "

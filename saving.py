@@ -107,8 +107,8 @@ def restore(net: nn.Module, weights, path):
 def check_data(path, there, here):
     """Raises UserError if the checkpoint at `path` is of other data: shape, classes, scale or number of items."""
     for name, value in here.items():
-        # equal to rounding
-        if np.shape(there[name]) != np.shape(value) or not np.allclose(there[name], value, rtol=1e-5):
+        rounding = 0 if name == "items" else 1e-5  # of means and deviations
+        if np.shape(there[name]) != np.shape(value) or not np.allclose(there[name], value, rtol=rounding):
             raise UserError(f"{path} is of other data ({name} {there[name]}, here {value}): give it its own data, or "
                             "choose another --run_name")
 

@@ -120,7 +120,7 @@ class DiffusionTrainer(Run):
         if self.step >= config.num_training_steps:
             print0(f"{folder} is trained already, to step {self.step}: raise --num_training_steps, or choose another "
                    "--run_name")
-        elif self.step == 0 and self.spec.is_image:  # a scatter plot of samples shows the data already
+        elif self.step == 0 and len(self.spec.shape) == 3:  # a scatter plot of samples shows the data already
             with self.failures_reported():
                 on_rank0(self.show_data)
         with deferred_signals():

@@ -116,6 +116,7 @@ def test_sample_offers_the_settings_of_sampling_and_all_may_change():
     (dict(guidance_scale=2.0, class_conditional=True, label_dropout=0.0), "--label_dropout 0.1"),
     (dict(guidance_t_min=0.6, guidance_t_max=0.3), "lower --guidance_t_min"),
     (dict(churn_min=2.0), "above churn_max 1.0"),
+    (dict(guidance_scale=2.0, class_conditional=True, label_dropout=0.0, cond_dropout=0.2), "guidance_scale 2.0 needs"),
     (dict(min_lr=1.0), "lower --min_lr"),
     (dict(channel_mults=()), "channel_mults"),
     (dict(run_name="a/b"), "run_name"),

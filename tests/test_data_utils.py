@@ -310,7 +310,8 @@ def test_spread_labels(counts):
 @pytest.mark.parametrize(
     "shape, stored",
     [((20, 8, 8), (1, 8, 8)), ((20, 8, 6, 3), (3, 8, 6)), ((20, 3, 8, 6), (3, 8, 6)), ((20, 8, 8, 1), (1, 8, 8)),
-     ((20, 1, 4, 4), (1, 4, 4))],
+     ((20, 1, 4, 4), (1, 4, 4)), ((20, 4, 6, 3), (3, 4, 6)), ((20, 4, 4, 3), (3, 4, 4)), ((20, 3, 4, 4), (3, 4, 4)),
+     ((20, 3, 6, 4), (3, 6, 4)), ((20, 4, 4, 4), (4, 4, 4))],
 )
 def test_image_arrays(tmp_path, shape, stored):
     images, path = np.random.default_rng(0).integers(0, 256, shape, np.uint8), str(tmp_path / "x.npz")

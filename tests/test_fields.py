@@ -12,6 +12,8 @@ from conftest import ROOT
 from PIL import Image
 
 import data_utils
+from build import check_condition
+from config import Config
 from data_utils import Batches, load_dataset, make_dataset
 from fields import Frames, Items, open_frames, shards, statistics, vorticity
 from utils import UserError
@@ -568,13 +570,44 @@ def test_items_with_labels_or_conditions_of_other_length(labels, cond, words):
 
 def test_items_of_two_shapes_are_reported_in_one_line_also_by_a_worker():
     source = [np.zeros((1, 4, 4), np.float32)] * 9 + [np.zeros((1, 4, 5), np.float32)]
-    with pytest.raises(UserError, match="different shapes"):
+    words = r"items are float32 \(1, 4, 4\) and float32 \(1, 4, 5\): expected .* of one type and shape; .*__getitem__"
+    with pytest.raises(UserError, match=words):
         make_dataset(Items(source), None)
     data = make_dataset(Items(source[:9]), None)
     data.data.source = source[1:]
-    with pytest.raises(UserError, match="^items have different shapes[^\n]*$"):
+    with pytest.raises(UserError, match=f"^{words}[^\n]*$"):
         for step in range(5):
             Batches(data, 5, 0, num_workers=1)(step)
+
+
+@pytest.mark.parametrize("item, words", [({"image": 0}, r"object \(\)"), ("image", "<U5"), (np.zeros(3), "float64")])
+def test_items_that_are_no_images_of_one_kind_are_refused(item, words):
+    """Dictionaries, as of Hugging Face's data sets; words; vectors beside images."""
+    source = [item] * 9 + ([np.zeros((1, 4, 4), np.float32)] if words == "float64" else [])
+    fails(f"items are .*{words}.*: expected images or arrays of numbers", lambda: make_dataset(Items(source), None))
+
+
+def test_a_condition_of_other_channels_is_no_base(tmp_path):
+    """It keeps all its channels where --channels takes some of the data's, and more channels have a scale of their own.
+    """
+    np.save(tmp_path / "x.npy", x := fields(20))
+    np.save(tmp_path / "x_cond.npy", x[:, :, ::2])
+    for channels, right in (((), True), ((1, 2), False), ((0,), False)):
+        data = load_dataset(str(tmp_path / "x.npy"), channels=channels)
+        assert data.spec.cond_shape == (3, 2, 2) and data.spec.cond_has_channels == right
+    more = np.concatenate([x[:, ::-1], x[:, :1]], 1)
+    for cond, right in ((x[:, :2], False), (more, False), (x[:, :, 0, 0], False), (x, True)):
+        assert make_dataset(x, None, cond=cond).spec.cond_has_channels == right
+    spec = load_dataset(str(tmp_path / "x.npy"), channels=(1, 2)).spec
+    fails("base condition needs a condition with the 2 channels of the data", check_condition,
+          Config(base="condition"), spec)
+
+
+def test_a_folder_does_not_hide_a_data_set_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "digits", fields(4))
+    assert load_dataset("digits").spec.shape == (1, 8, 8)
+    assert load_dataset("./digits").spec.shape == (3, 4, 2)
 
 
 def test_fields_without_a_channel_get_one():

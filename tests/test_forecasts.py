@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from conftest import tiny
 from PIL import Image
 
 import data_utils
-from data_utils import Cases, DataSpec, load_dataset, make_dataset
+from data_utils import Cases, DataSpec, cases, load_dataset, make_dataset
 from evaluate import Evaluation, Options, evaluate, losses
 from fields import Items
+from logging_utils import picture_of
 from metrics import Evaluator, compare_ensembles, spectral_distance, spectrum
-from sample import Loaded
+from sample import Loaded, conditions_of
+from sample import Options as Sample
 from sample import main as sample
 from trainer import TRAINERS, Regression
 from utils import UserError
@@ -161,6 +164,14 @@ def test_the_loss_of_the_regression_is_its_squared_error(trained, data):
         assert torch.equal(trainer.loss(other), trainer.loss(batch))  # neither noise nor times matter
 
 
+def test_a_regression_has_no_likelihood(trained, tmp_path):
+    """Its network is no velocity."""
+    for name in TRAINERS:
+        options = Options(ckpt=str(trained / name / "last.pt"), out=str(tmp_path), num=40, seeds=1, loss_num=0,
+                          likelihood_num=4)
+        assert ("likelihood" in evaluate(Evaluation(options, CPU))) == (name == "diffusion")
+
+
 def test_samples_beat_the_regression_where_the_truth_is_uncertain(trained, tmp_path):
     """The CRPS of the right law is 1 / sqrt(2) of the mean's absolute error, for normal noise."""
     options = Options(ckpt=str(trained / "diffusion" / "last.pt"), out=str(tmp_path), num=800, seeds=1, loss_num=0,
@@ -177,7 +188,7 @@ def test_another_network_is_no_regression(trained, tmp_path):
     diffusion = str(trained / "diffusion" / "last.pt")
     options = Options(ckpt=diffusion, out=str(tmp_path), num=40, seeds=1, regression=diffusion)
     with pytest.raises(UserError, match="is no regression for these data.*--trainer regression"):
-        evaluate(Evaluation(options, CPU))
+        Evaluation(options, CPU)  # before any sample is drawn
 
 
 # ---- What evaluate.py adds for images and fields
@@ -239,6 +250,42 @@ def test_a_rollout_of_images_has_its_channels_last(tmp_path):
     found = np.load(out + ".npz")["arr_0"]
     assert found.shape == (4, 3, 8, 8, 1) and found.dtype == np.uint8
     assert Image.open(out + ".gif").n_frames == 3
+
+
+def test_a_picture_of_one_condition_with_more_samples_than_it_shows():
+    data = load_dataset("digits", corruption="downsample", downsample_factor=4)
+    shown = torch.zeros(100, 1, 8, 8, dtype=torch.uint8)
+    few, many = (picture_of(shown, cases=cases(data, 200, times, False), spec=data.spec) for times in (10, 200))
+    assert many.width > few.width / 2 and many.height < few.height / 4  # a single row
+
+
+def trajectories(folder, n=10, frames=6):
+    for k, trajectory in enumerate(np.random.default_rng(0).standard_normal((n, frames, 2, 8, 8), np.float32)):
+        np.save(folder / f"{k:02d}.npy", trajectory)
+    return str(folder)
+
+
+def test_a_small_test_split_conditions_of_a_file_and_a_picture_of_fields(tmp_path, capsys):
+    """Real data are then halves of the training split. A file of frames has the channels that the data have."""
+    (tmp_path / "x").mkdir()
+    card, e = card_of(tmp_path, dataset=trajectories(tmp_path / "x"), lag=1, channels=(1,))
+    assert len(e.data["test"]) == 5 and card["real"]["what"] == "one half of the training split, against the other"
+    assert (tmp_path / "digits" / "real.png").exists()
+    run = Loaded(Sample(ckpt=str(tmp_path / "digits" / "last.pt"), samples_per_cond=2), CPU)
+    given = conditions_of(str(tmp_path / "x" / "09.npy"), run)
+    expected = run.spec.condition(torch.from_numpy(np.load(tmp_path / "x" / "09.npy")[:, 1:]))
+    assert torch.equal(given.cond, expected.repeat_interleave(2, 0)) and given.num == 12
+
+
+def test_a_test_split_of_another_kind_is_refused(tmp_path, capsys):
+    """In training the conditions are then those of the training split, and one line reports it."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), np.uint8)
+    np.save(tmp_path / "x.npy", images)
+    np.save(tmp_path / "x_test.npy", (images / 255).astype(np.float32))
+    card_of(tmp_path, dataset=str(tmp_path / "x.npy"), corruption="downsample")
+    printed, words = capsys.readouterr().out, r"the test split has fields of shape \(1, 8, 8\) .* trained on items of"
+    for start in ("conditions of samples are those of the training split", "what needs a test split is left out"):
+        assert re.search(f"{start}: {words}", printed)
 
 
 def test_the_loss_by_t_has_all_conditions(tmp_path, monkeypatch):

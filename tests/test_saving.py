@@ -154,6 +154,15 @@ def test_another_architecture(tmp_path):
         assert "\n" not in str(raised.value)
 
 
+def test_other_data():
+    """Means and deviations are compared to rounding, and numbers of items exactly."""
+    here = dict(shape=(1, 8, 8), mean=[0.5, 0.1], items=1_000_000)
+    saving.check_data("x.pt", here | dict(shape=[1, 8, 8], mean=[0.500001, 0.1]), here)
+    for name, there in (("items", 1_000_001), ("mean", [0.5001, 0.1]), ("mean", [0.5]), ("shape", (1, 8, 9))):
+        with pytest.raises(UserError, match=f"^x.pt is of other data \\({name} .* here .*--run_name$"):
+            saving.check_data("x.pt", here | {name: there}, here)
+
+
 def open_run(folder, settings):
     return saving.open_run(folder, settings, {}, {"log_every"})
 
