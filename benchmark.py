@@ -8,7 +8,8 @@
 It prints a table and writes it as JSON. What is compared runs alternately, and each ratio is the median of the ratios
 of the rounds. So a machine whose speed changes slows both. Nothing is downloaded: CIFAR-10 is grey images. To add a
 part, write a function like those of PARTS and give it a row there. tests/benchmark_peers.py times another library's
-training step beside the trainer, and tests/benchmark_fields.py training from a file.
+training step beside the trainer, tests/benchmark_fields.py training from a file, and tests/benchmark_start.py how long
+a run takes to its first step.
 """
 
 import contextlib
@@ -19,7 +20,6 @@ import json
 import math
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from build import autocast, check_run, formatted, uses_bf16
 from command_line import read_config, start
-from config import HERE, Config, PositiveFloat, PositiveInt
+from config import Config, PositiveFloat, PositiveInt
 from data_utils import Cases, load_dataset, make_dataset
 from distributed import on_rank0, print0, set_up, world_size
 from optimizers import take_step
@@ -58,7 +58,7 @@ def repeated(work):
     return lambda n: [work() for _ in range(n)]
 
 
-def time_alternately(functions, options) -> dict[str, np.ndarray]:
+def time_alternately(functions, options):
     """Seconds of one step of each function, in each of `options.rounds`. `functions[name](n)` takes n steps.
 
     Two steps go before the rounds; the second decides how many steps take `options.seconds`.
@@ -198,28 +198,15 @@ def measure_sampling(trainer):
             yield f"{sampler}: {error}", {}
 
 
-def measure_start(trainer):
-    """Seconds from `sh run.sh digits` to its first step; not a number if that does not come."""
-    begin = timer()
-    with (tempfile.TemporaryDirectory() as folder,
-          subprocess.Popen(["sh", "run.sh", "digits", "--log_every", "1", "--ckpt_dir", folder], cwd=HERE,
-                           env=os.environ | {"PYTHON": sys.executable},
-                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run):
-        seconds = next((timer() - begin for line in run.stdout if line.startswith(b"step 1/")), math.nan)
-        run.terminate()
-        run.communicate()
-    yield "sh run.sh digits, to the first step", {"s": seconds}
-
-
 # ---- The command line
 
 # Sampling first, from the weights of the start: those that training here makes cost dopri5 hundreds of network calls
-PARTS = {"sampling": measure_sampling, "training": measure_training, "start": measure_start}
+PARTS = {"sampling": measure_sampling, "training": measure_training}
 
 
 @dataclass
 class Options(Config):
-    parts: tuple[Literal[tuple(PARTS)], ...] = tuple(PARTS)  # What to measure; start on one rank only.
+    parts: tuple[Literal[tuple(PARTS)], ...] = tuple(PARTS)  # What to measure.
     out: str = "benchmark.json"  # File to write.
     rounds: PositiveInt = 5  # How often everything is measured.
     seconds: PositiveFloat = 1.0  # Least time of one measurement.
@@ -227,15 +214,14 @@ class Options(Config):
 
 def main(arguments, options_class=Options):
     """The benchmark. `options_class` is Options, or a subclass with other defaults."""
-    os.environ.setdefault("WANDB_MODE", "offline")  # also for the runs that it starts
+    os.environ.setdefault("WANDB_MODE", "offline")
     options = read_config(arguments, options_class, f"{__doc__.splitlines()[0]} Usage: benchmark.py")
     report = {"settings": vars(options)}
 
     def save():
         on_rank0(write_atomically, options.out, json.dumps(report, indent=1))
 
-    with (set_up(**vars(options)) as device,
-          tempfile.TemporaryDirectory() as folder):
+    with set_up(**vars(options)) as device, tempfile.TemporaryDirectory() as folder:
         check_run(options, device)
         report["machine"] = {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -245,8 +231,6 @@ def main(arguments, options_class=Options):
         print0(report["machine"])
         trainer = make_trainer(options, device, folder)
         for part in options.parts:
-            if world_size() > 1 and part == "start":
-                continue
             print0(f"\n{part}")
             report[part] = {}
             for what, values in PARTS[part](trainer):

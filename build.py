@@ -1,25 +1,25 @@
 """Builds process, time sampler and network from the settings, checks them, and draws samples of a network on all ranks.
 
-Training and sampling share what is here. To add an architecture, write a file such as mlp.py with a class that is
-called as net(xt, t, label, cond), and give it a row in NETWORKS.
+Training and sampling share what is here. `config` is a `Config`, and `spec` the `DataSpec` of the data. To add an
+architecture, write a file such as mlp.py with a class that is called as net(xt, t, label, cond), and give it a row in
+NETWORKS.
 """
 
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
 
 from command_line import signal_name, stop_requested
 from config import Config
 from couplings import COUPLINGS
-from data_utils import Cases, Dataset, DataSpec, load_dataset
+from data_utils import load_dataset
 from distributed import all_or_none, gather_rows, print0, rank0_first, share
 from logging_utils import Progress
 from mlp import MLP
 from prediction import Preconditioned, convert, loss_weight, target
-from processes import Process, make_process
+from processes import make_process
 from sampling import FROM_A_POINT, SDE_SAMPLERS, Field, draw, make_grid
-from time_samplers import TIME_SAMPLERS, Uniform
+from time_samplers import TIME_SAMPLERS
 from unet import UNet
 from utils import UserError, call_with_settings, look_up, make_seed, parameters_of
 
@@ -30,7 +30,7 @@ NETWORKS = {"unet": UNet, "mlp": MLP}
 TRAINING_STEPS, SAMPLING_STEPS = 10_000, 500
 
 
-def check_run(config: Config, device):
+def check_run(config, device):
     """All that can be checked before data are read. Raises UserError; prints which settings the network ignores."""
     check_settings(config)
     if config.bf16 and not uses_bf16(config, device):
@@ -42,7 +42,7 @@ def check_run(config: Config, device):
         print0(f"note: network {config.network} does not read {', '.join(ignored)}")
 
 
-def check_settings(config: Config):
+def check_settings(config):
     """Raises UserError if training or sampling would divide by zero at T_min or T_max, or needs a score that the
     coupling does not give. It takes neither data nor network.
     """
@@ -77,7 +77,7 @@ def check_settings(config: Config):
     make_grid(**settings | {"process": process})
 
 
-def check_sampler(config: Config, process: Process, sampler, name="sampler", fix="heun"):
+def check_sampler(config, process, sampler, name="sampler", fix="heun"):
     """Raises UserError if this sampler, the setting `name`, needs what coupling or process do not give."""
     if COUPLINGS[config.coupling] and sampler in SDE_SAMPLERS:
         raise UserError(f"{name} {sampler} needs the score, which coupling {config.coupling} does not give, since its "
@@ -87,12 +87,12 @@ def check_sampler(config: Config, process: Process, sampler, name="sampler", fix
                         f"T_max {config.T_max}: use --{name} euler_maruyama, or a run with --T_max 0.9999")
 
 
-def make_time_sampler(config: Config, process: Process) -> Uniform:
+def make_time_sampler(config, process):
     """The time sampler of the settings. Raises UserError if they make none."""
     return call_with_settings(look_up(TIME_SAMPLERS, config.time_sampler), {**vars(config), "process": process})
 
 
-def build(config: Config, spec: DataSpec, device) -> tuple[Process, nn.Module]:
+def build(config, spec, device):
     """The process and the network, with weights from the seed, on `device`.
 
     Raises UserError if the settings do not fit the data.
@@ -119,7 +119,7 @@ def build(config: Config, spec: DataSpec, device) -> tuple[Process, nn.Module]:
     return process, net.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
 
 
-def check_condition(config: Config, spec: DataSpec):
+def check_condition(config, spec):
     """Raises UserError for settings that need a condition which the data do not have."""
     shape, needs, C = spec.cond_shape, "use --lag 1, --corruption downsample, or data with conditions", spec.shape[0]
     if config.cond_dropout and not shape:
@@ -132,19 +132,19 @@ def check_condition(config: Config, spec: DataSpec):
                         "same noise for all: use --coupling independent")
 
 
-def uses_bf16(config: Config, device):
+def uses_bf16(config, device):
     """Whether the network runs in bfloat16: on a GPU that has it, unless bf16 is False; on a CPU if it is True."""
     if device.type == "cuda":
         return config.bf16 is not False and torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(config.bf16)
 
 
-def autocast(config: Config, device):
+def autocast(config, device):
     """The context in which the network runs: bfloat16 or float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device))
 
 
-def compiles(config: Config, device, steps, enough):
+def compiles(config, device, steps, enough):
     """Whether to compile the network: if the settings allow it (by default on a GPU), and it runs `enough` steps or
     more. Prints a line if so.
     """
@@ -154,12 +154,12 @@ def compiles(config: Config, device, steps, enough):
     return True
 
 
-def formatted(config: Config, x):
+def formatted(config, x):
     """A batch as the network gets it: images (B, C, H, W) in channels_last, if the settings say so; else as it is."""
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and config.channels_last else x
 
 
-def read_data(config: Config, split="train", spec: DataSpec | None = None) -> Dataset:
+def read_data(config, split="train", spec=None):
     """A split of the run's data, which rank 0 reads first, on the scale of `spec`, or its own. All ranks must call it.
 
     Raises UserError if it is missing, or not like data of this `spec`.
@@ -177,8 +177,7 @@ def read_data(config: Config, split="train", spec: DataSpec | None = None) -> Da
     return replace(dataset, spec=spec or there)
 
 
-def draw_all(config: Config, spec: DataSpec, process: Process, net: nn.Module, device, cases: Cases, sampler,
-             guide: nn.Module | None = None) -> tuple[Tensor, float]:
+def draw_all(config, spec, process, net, device, cases, sampler, guide=None):
     """Samples for the `cases`, of which each rank draws a share, and the mean network calls of one, on each rank's CPU.
 
     Samples are decoded: uint8 images, or float fields or vectors (num, ...). The network gets the labels if it is

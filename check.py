@@ -19,7 +19,7 @@ from torch import Tensor
 
 from likelihood import PROBES, flow, log_likelihood
 from prediction import PREDICTIONS, convert, row, without_mean
-from processes import PROCESSES, FromFunctions, Process, make_process
+from processes import PROCESSES, FromFunctions, make_process
 from sampling import DIFFUSIONS, FROM_A_POINT, ODE_SAMPLERS, SDE_SAMPLERS, Field, dopri5, make_grid
 
 T_MIN, T_MAX = 1e-4, 0.9999
@@ -39,7 +39,7 @@ class GaussianMixture:
     int64 is the component; K, or no label, stands for any of them. All is computed in float64.
     """
 
-    def __init__(self, process: Process, kind, means, covariances, weights=None):
+    def __init__(self, process, kind, means, covariances, weights=None):
         self.process, self.kind, self.shape = process, kind, means.shape[1:]
         self.means = means.double().flatten(1)  # (K, D)
         if not isinstance(covariances, Tensor):
@@ -81,7 +81,7 @@ class GaussianMixture:
         """log p_t(xt), (B,), in nats, float64."""
         return self.components(xt, t, label)[3].logsumexp(1)
 
-    def sample(self, n, generator=None, t=0.0) -> tuple[Tensor, Tensor]:
+    def sample(self, n, generator=None, t=0.0):
         """n draws of xt (n, ...) at one time (0: of the data), float64, and their components (n,) int64."""
         label = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         x0, x1 = self.means.new_empty(2, n, self.means.shape[1]).normal_(generator=generator)
@@ -105,7 +105,7 @@ M = torch.tensor([[0.3, -0.4]], dtype=torch.float64)  # the mean of the base, in
 COND = torch.cat([M, torch.ones(1, 1)], dim=1)  # what the network gets of it, the same for all rows
 
 
-def mixture(process: Process, kind="velocity") -> GaussianMixture:
+def mixture(process, kind="velocity") -> GaussianMixture:
     """Three Gaussians in the plane, of weights 0.5, 0.3 and 0.2."""
     generator = torch.Generator().manual_seed(1)
     means, root = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 2), (3, 2, 2)))
@@ -113,12 +113,12 @@ def mixture(process: Process, kind="velocity") -> GaussianMixture:
     return GaussianMixture(process, kind, means, covariances, torch.tensor([0.5, 0.3, 0.2]))
 
 
-def given(data: GaussianMixture) -> Field:
+def given(data):
     """The exact field of these data around the mean M: its network gets xt and the condition."""
     return Field(data, data.process, data.kind, cond=COND, m=M)
 
 
-def start(data: GaussianMixture, n, high, low) -> tuple[Field, Tensor, float, float]:
+def start(data, n, high, low):
     """The exact field of these data, n exact states (n, 2), the time of the states, and the time to sample down to.
 
     At the two times sigma / alpha is `high` and `low`: processes are compared between the same noise levels.
@@ -142,7 +142,7 @@ def worst(pairs, floor=None):
 # ---- Processes
 
 
-def coefficient_error(process: Process, dtype):
+def coefficient_error(process, dtype):
     """Every coefficient in this type against float64 with derivatives by automatic differentiation, relative."""
     t = TIMES.float().double()  # times that float32 has, too
     c, exact = process.coefs(t.to(dtype)), FromFunctions(process.alpha, process.sigma).coefs(t)
@@ -150,7 +150,7 @@ def coefficient_error(process: Process, dtype):
         "alpha", "sigma", "alpha_dot", "sigma_dot", "delta", "f", "g")), floor=1e-300)
 
 
-def time_error(process: Process):
+def time_error(process):
     """`time` against the times whose log-SNR it gets, float64, relative."""
     return worst([(process.time(process.log_snr(TIMES)), TIMES)], floor=1e-300)
 
@@ -158,7 +158,7 @@ def time_error(process: Process):
 # ---- Predictions
 
 
-def conversion_error(process: Process):
+def conversion_error(process):
     """Every exact prediction given a condition as every other kind, so also there and back, float64, relative.
 
     The exact score is the gradient of the log-density.
@@ -176,7 +176,7 @@ def conversion_error(process: Process):
 # ---- Samplers
 
 
-def order_error(process: Process, sampler):
+def order_error(process, sampler):
     """The slope of log error against log steps less the sampler's order.
 
     The error is the mean one of 64 and of 256 steps from sigma / alpha = 4 down to 0.15, in float64, against dopri5
@@ -188,7 +188,7 @@ def order_error(process: Process, sampler):
     return abs(math.log(few / many, 4) - ORDERS[sampler])
 
 
-def dopri5_error(process: Process):
+def dopri5_error(process):
     """dopri5 with tolerance 1e-8 against the exact flow of one Gaussian, from sigma / alpha = 4 to 0.15, relative."""
     data = mixture(process)
     one = GaussianMixture(process, "velocity", data.means[:1], data.covariances[:1])
@@ -196,7 +196,7 @@ def dopri5_error(process: Process):
     return worst([(dopri5(field, x, [high, low], rtol=1e-8, atol=1e-8), one.flow(x, high, low))])
 
 
-def sde_error(process: Process, sampler, n=4000):
+def sde_error(process, sampler, n=4000):
     """The worst of mean, covariance and weights of n samples, in standard errors of n exact samples.
 
     They take STEPS steps on EDM's grid, from exact states at sigma / alpha = 20 down to 0.02, with the worst of the
@@ -222,7 +222,7 @@ def sde_error(process: Process, sampler, n=4000):
 # ---- Likelihood
 
 
-def likelihood_error(process: Process):
+def likelihood_error(process):
     """log p of 64 data against the exact value, in nats: the greatest error with the exact trace, there and back."""
     data = mixture(process)
     field = given(data)
@@ -233,7 +233,7 @@ def likelihood_error(process: Process):
     return torch.cat(errors).abs().max().item()
 
 
-def hutchinson_error(process: Process, probe):
+def hutchinson_error(process, probe):
     """The mean of 2,000 estimates of one log p less the exact value, in standard errors of that mean."""
     data = mixture(process)
     field = given(data)

@@ -113,7 +113,7 @@ def fail(message, status=2):
     sys.exit(status)
 
 
-def end_stopped(stop: Stopped):
+def end_stopped(stop):
     """Ends the program after a signal, with one line on stderr. Further signals are ignored."""
     stop_listening(signal.SIG_IGN)
     status = STATUS if Received.resumable else 128 + Received.number
@@ -163,7 +163,7 @@ def parse(cls, arguments, default=None, description=None):
     return options
 
 
-def read_config(arguments, cls=Config, usage="Trains a diffusion model. Usage: main.py") -> Config:
+def read_config(arguments, cls=Config, usage="Trains a diffusion model. Usage: main.py"):
     """The settings of `[PRESET] [--setting value ...]`. Wrong or contradictory ones end the program in one line.
 
     `cls` is Config, or a dataclass that adds settings to it. `usage` is the start of what `--help` prints.
@@ -181,7 +181,7 @@ def read_config(arguments, cls=Config, usage="Trains a diffusion model. Usage: m
     return config
 
 
-def in_short(config: Config):
+def in_short(config):
     """The settings that differ from the defaults."""
     changed = [f"{name} {value}" for name, value in vars(config).items() if value != getattr(Config, name)]
     return ", ".join(changed) or "all settings at their defaults"

@@ -133,7 +133,7 @@ class Dataset:
             return with_ones(self.corruption(x0, uniform))
         return None if cond is None else self.spec.condition(cond)
 
-    def cases(self, rows, times=1) -> Cases:
+    def cases(self, rows, times=1):
         """The labels and conditions of the items `rows` (an array), each repeated, and the items.
 
         What is random in a condition is a function of the place in `rows`.
@@ -146,7 +146,7 @@ class Dataset:
     def __len__(self):
         return len(self.data)
 
-    def __getitem__(self, rows) -> list[Tensor | None]:
+    def __getitem__(self, rows):
         """The items, labels and conditions `rows` (an array), as they are stored."""
         return [x if x is None else torch.from_numpy(x[rows]) for x in (self.data, self.labels, self.cond)]
 
@@ -228,7 +228,7 @@ def make_dataset(data, labels, source="make_dataset", cond=None) -> Dataset:
 # ---- Data sets that are downloaded
 
 
-def from_torchvision(name, data_dir, download, split) -> Dataset:
+def from_torchvision(name, data_dir, download, split):
     """torchvision's data set `name`. Its archives are in `data_dir` (CIFAR10), or in `data_dir`/`name`/raw."""
     cls = getattr(import_torchvision().datasets, name)
     try:  # a pickle could run code: torchvision opens none before it has compared its MD5
@@ -248,7 +248,7 @@ def from_torchvision(name, data_dir, download, split) -> Dataset:
 # ---- Data sets that need no download
 
 
-def digits(split) -> Dataset:
+def digits(split):
     """1,500 of scikit-learn's 1,797 handwritten digits, 8 x 8, values 0 to 16 scaled to 0 to 255; 297 for testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -259,14 +259,14 @@ def digits(split) -> Dataset:
     return make_dataset(np.rint(data.images[rows] * (255 / 16)).astype(np.uint8), data.target[rows])
 
 
-def moons(split) -> Dataset:
+def moons(split):
     """20,000 points on two half circles of radius 1, with noise 0.05; as many for testing. The label is the circle."""
     from sklearn.datasets import make_moons
 
     return make_dataset(*make_moons(20_000, noise=0.05, random_state=SPLITS.index(split)))
 
 
-def eight_gaussians(split) -> Dataset:
+def eight_gaussians(split):
     """20,000 points of eight Gaussians, standard deviation 0.1, on a circle of radius 2; as many for testing.
 
     The label is the number of the Gaussian.
@@ -277,7 +277,7 @@ def eight_gaussians(split) -> Dataset:
     return make_dataset(*make_blobs(20_000, centers=centres, cluster_std=0.1, random_state=SPLITS.index(split)))
 
 
-def checkerboard(split) -> Dataset:
+def checkerboard(split):
     """20,000 points, uniform on the eight black squares of a 4 x 4 board on [-2, 2]^2; as many for testing.
 
     The label is the number of the square.
@@ -288,7 +288,7 @@ def checkerboard(split) -> Dataset:
     return make_dataset(corners - 2 + rng.random((20_000, 2)), labels)
 
 
-def navier_stokes(split) -> Dataset:
+def navier_stokes(split):
     """Vorticity of stirred turbulence, 32 x 32: 150 trajectories of 40 frames for training, 15 for testing.
 
     See `fields.vorticity`. They are made in a minute, and kept in data/cache.
@@ -301,7 +301,7 @@ def navier_stokes(split) -> Dataset:
 # ---- Your own data
 
 
-def decode_image(path, size) -> np.ndarray:
+def decode_image(path, size):
     """The image as (3, size, size) uint8, turned as its EXIF data say, resized to cover the square, and cropped to its
     middle.
     """
@@ -315,7 +315,7 @@ def decode_image(path, size) -> np.ndarray:
         raise UserError(f"{path} is not a readable image ({first_line(error)}): repair or remove it") from error
 
 
-def image_folder(data_dir, image_size, split) -> Dataset:
+def image_folder(data_dir, image_size, split):
     """Images of any size in a folder of class folders, or in two of these: DATA_DIR/train and DATA_DIR/test (or val).
 
     They are decoded once into data/cache, and read from there until the folder changes.
@@ -354,7 +354,7 @@ def image_folder(data_dir, image_size, split) -> Dataset:
     return make_dataset(data, labels, folder)
 
 
-def from_files(path, split, channels) -> Dataset:
+def from_files(path, split, channels):
     """A .npz file of `arr_0`, for labels `arr_1`, and for conditions `arr_2` or `cond`; or .npy files, without labels.
 
     These are a file of items, or a folder of files: trajectories (T, C, H, W) each. Conditions are in FILE_cond.npy, or
@@ -442,7 +442,7 @@ def load_dataset(name, data_dir="data", image_size=32, download=False, split="tr
 # ---- What samples are drawn for, and the items that are trained on
 
 
-def cases(dataset: Dataset, num, samples_per_cond, class_conditional) -> Cases:
+def cases(dataset, num, samples_per_cond, class_conditional):
     """What `num` samples are drawn for: labels in the proportions of the data set; or, if this has conditions, those of
     items that are spread over it, `samples_per_cond` for each.
     """
@@ -462,7 +462,7 @@ def spread_labels(labels, n):
 
 
 @functools.lru_cache(maxsize=4)
-def epoch_order(n, seed, epoch, name) -> np.ndarray:
+def epoch_order(n, seed, epoch, name):
     """The order (n,) in which an epoch takes the items of the data set of this name."""
     return np.random.default_rng(make_seed(seed, "epoch", epoch, name)).permutation(n)
 
@@ -483,14 +483,14 @@ class Batches:
     num_workers: int = 0
     following: tuple = ()  # the step and rows that the workers give next
 
-    def indices(self, step) -> np.ndarray:
+    def indices(self, step):
         """Indices (B,) of the global batch of this step, which may reach into the next epoch, or span several."""
         n, first = len(self.dataset), 0 if self.overfit_one_batch else step * self.batch_size
         epochs, places = np.divmod(first + np.arange(self.batch_size), n)
         return np.concatenate([epoch_order(n, self.seed, epoch, self.dataset.name)[places[epochs == epoch]]
                                for epoch in np.unique(epochs)])
 
-    def __call__(self, step, rows=slice(None)) -> list[Tensor | None]:
+    def __call__(self, step, rows=slice(None)):
         if type(self.dataset.data) is not Items:
             return self.dataset[self.indices(step)[rows]]
         if self.following != (step, rows):

@@ -8,13 +8,12 @@ buffers are copied. For another warm-up or average, change `update`.
 import copy
 
 import torch
-from torch import nn
 
 
 class EMA:
     """`EMA(net, decay).net` is an averaged copy of `net`. Call `update(n)` after each step, with n steps before it."""
 
-    def __init__(self, net: nn.Module, decay):
+    def __init__(self, net, decay):
         self.decay = decay
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.averages, self.parameters = list(self.net.parameters()), list(net.parameters())

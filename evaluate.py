@@ -29,7 +29,7 @@ from build import read_data
 from command_line import fail, parse, start
 from conditions import CORRUPTIONS
 from config import HERE, NonNegativeInt, PositiveInt, Within
-from data_utils import Cases, Dataset, cases
+from data_utils import cases
 from distributed import gather_rows, on_rank0, print0, set_up, share, world_size
 from likelihood import bits_per_dim, log_likelihoods
 from logging_utils import (
@@ -127,7 +127,7 @@ class Evaluation(Loaded):
         self.folder = options.out or f"{beside}/evaluation/{what}_{digest(vars(options))[:6]}"
         self.pictures = {}
 
-    def random_items(self, dataset: Dataset, n) -> Cases:
+    def random_items(self, dataset, n):
         """n random items, or all if there are fewer, always the same, with their labels and conditions."""
         return dataset.cases(np.random.default_rng(0).permutation(len(dataset))[:n])
 
@@ -164,7 +164,7 @@ def title(card):
 # ---- Distances
 
 
-def distances(e: Evaluation):
+def distances(e):
     """The metrics over the seeds, and those of real data, which show what a perfect model would get."""
     sets, options = [], e.options
     for seed in range(options.seed, options.seed + options.seeds):
@@ -185,7 +185,7 @@ def distances(e: Evaluation):
     print0(f"real data   {in_words(real['metrics'])}, of {real['items']:,} items of {real['what']}")
 
 
-def real_data(e: Evaluation):
+def real_data(e):
     """The metrics of as many real items as there are samples, or of all, if there are fewer.
 
     They are of the other split; without a test split, of one half of the training split, against the other half.
@@ -205,7 +205,7 @@ def real_data(e: Evaluation):
 # ---- Forecasts
 
 
-def forecasts(e: Evaluation):
+def forecasts(e):
     """With a condition: the metrics of trivial forecasts on the same items, and pictures of samples and of spectra.
 
     The condition itself, enlarged (with --lag this is persistence), and the mean given the condition, by a network of
@@ -241,7 +241,7 @@ def forecasts(e: Evaluation):
 # ---- Likelihood
 
 
-def likelihood(e: Evaluation):
+def likelihood(e):
     """Bits per dimension of test images, or nats of test vectors in the data's own units: mean and standard error."""
     test, spec = e.data.get("test"), e.spec
     known = e.config.trainer != "regression" and e.process.at(e.config.T_max).sigma > 0  # there is none at a point
@@ -270,7 +270,7 @@ def likelihood(e: Evaluation):
 # ---- Neighbours
 
 
-def neighbours(e: Evaluation):
+def neighbours(e):
     """The share of samples that are nearly copies of a training image; a picture of the nearest.
 
     A near-copy is less than a third as far from its nearest training image as from the second nearest, in pixels (Yoon
@@ -293,7 +293,7 @@ def neighbours(e: Evaluation):
 # ---- Loss by t
 
 
-def loss_by_t(e: Evaluation):
+def loss_by_t(e):
     """The mean loss of both splits, and a curve of it over BINS of t."""
     from scipy.stats import binned_statistic
 
@@ -308,7 +308,7 @@ def loss_by_t(e: Evaluation):
     print0(f"loss        {in_words(e.card['loss'])}")
 
 
-def losses(e: Evaluation, data: Dataset) -> np.ndarray:
+def losses(e, data):
     """Times, evenly spread in each batch, and losses, (2, N), of whole batches of this data, loss_num draws or more.
 
     Batches and loss are those of the run's trainer, without flips, and with all labels and conditions. The batches are
@@ -330,7 +330,7 @@ def losses(e: Evaluation, data: Dataset) -> np.ndarray:
 # ---- Quality against cost
 
 
-def curve(e: Evaluation):
+def curve(e):
     """The metrics of every sampler at the steps of --curve, of one seed: a table and a picture.
 
     dopri5 gets the tolerances 0.1, 0.01, ... instead.
@@ -363,7 +363,7 @@ PARTS = [distances, forecasts, likelihood, neighbours, loss_by_t, curve]
 # ---- The script
 
 
-def evaluate(e: Evaluation):
+def evaluate(e):
     """Measures all parts and writes the card, which it returns."""
     e.save()  # or an `out` that cannot be written would fail after the first part
     for part in PARTS:
@@ -374,7 +374,7 @@ def evaluate(e: Evaluation):
     return e.card
 
 
-def show_on_wandb(e: Evaluation):
+def show_on_wandb(e):
     """The card and the pictures as a wandb run of their own, in the run's project."""
     run = start_wandb(e.folder, e.config, e.card, new=True)
     values = {name: row["mean"] for name, row in e.card["metrics"].items()} | e.card.get("likelihood", {})

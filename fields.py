@@ -20,7 +20,7 @@ from utils import UserError, first_line
 CHANNELS = (1, 3, 4)  # that an image can have
 
 
-def channels_first(images) -> np.ndarray:
+def channels_first(images):
     """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) -> (N, C, H, W). Other arrays stay as they are."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         return images
@@ -89,7 +89,7 @@ class Frames(Items):
                 array._mmap.madvise(mmap.MADV_DONTNEED)
         return found
 
-    def lagged(self, lag) -> tuple["Frames", "Frames"]:
+    def lagged(self, lag):
         """The frames from `lag` on of each array, and those so many earlier. Raises UserError if one is short."""
         for name, array in zip(self.names or count(), self.arrays):
             if len(array) <= lag:
@@ -98,8 +98,11 @@ class Frames(Items):
         return tuple(Frames(self.arrays, self.names, r, self.channels) for r in (rows, rows - lag))
 
 
-def open_frames(paths, channels=()) -> Frames:
-    """The rows of .npy files, which stay on disk, except vectors. Raises UserError unless all rows have one shape."""
+def open_frames(paths, channels=()):
+    """The rows of .npy files as `Frames`. They stay on disk, except vectors.
+
+    Raises UserError unless all rows have one shape.
+    """
     arrays = []
     for path in paths:
         try:
@@ -114,7 +117,7 @@ def open_frames(paths, channels=()) -> Frames:
     return Frames(arrays, paths, channels=channels)
 
 
-def shards(folder, split) -> list[str]:
+def shards(folder, split):
     """The .npy files of a split: of FOLDER/train or FOLDER/test, or, without these, the last tenth is for testing."""
     if os.path.isdir(f"{folder}/train"):
         paths = sorted(glob(f"{folder}/{split}/*.npy"))
@@ -154,7 +157,7 @@ def statistics(data, source):
 
 
 def vorticity(trajectories, frames, seed, size=32, solved_at=64, interval=0.5, dt=0.01, viscosity=2e-3, drag=0.1,
-              stirring=1.0, rest=20.0, initial=0.0) -> np.ndarray:
+              stirring=1.0, rest=20.0, initial=0.0):
     """Vorticity (trajectories, frames, 1, size, size) of a fluid on the torus [0, 2 pi]^2, stirred at random.
 
     dw + v . grad w dt = viscosity laplace w dt - drag w dt + dW (Chen et al. 2024, section 4, there with 256^2 points

@@ -17,7 +17,6 @@ import math
 
 import torch
 
-from processes import Process
 from sampling import field_of, solve_adaptively
 from utils import call_with_settings, in_batches, look_up, row_noise
 
@@ -82,17 +81,17 @@ def bits_per_dim(log_p, dims, bin_width=1 / 127.5):
     return -(log_p / dims + math.log(bin_width)) / math.log(2)
 
 
-def log_likelihoods(net, process: Process, data, *, rows: range, device, seed, T_min, T_max, probe="rademacher",
+def log_likelihoods(net, process, data, *, rows, device, seed, T_min, T_max, probe="rademacher",
                     bin_width=0.0, batch_size=100, **settings):
     """Yields log p, (B,) float32 in nats on `device`, of the items `rows` of `data` (N, ...), in order, in batches.
 
-    `data` are scaled as in training. If `bin_width` is not 0, uniform noise of this width dequantizes pixels whose
-    values are `bin_width` apart; `bits_per_dim` converts the result to bits. The probe and the noise of item i are
-    functions of (seed, i): within the tolerances, the result depends neither on `batch_size` nor on the number of
-    ranks. `settings` may hold arguments of `field_of`, such as the items' `labels` and `cond`; of `Field`, such as
-    model_type; and of `flow`. Others are ignored. Raises UserError for an unknown probe.
+    `rows` is a range. `data` are scaled as in training. If `bin_width` is not 0, uniform noise of this width
+    dequantizes pixels whose values are `bin_width` apart; `bits_per_dim` converts the result to bits. The probe and the
+    noise of item i are functions of (seed, i): within the tolerances, the result depends neither on `batch_size` nor on
+    the number of ranks. `settings` may hold arguments of `field_of`, such as the items' `labels` and `cond`; of
+    `Field`, such as model_type; and of `flow`. Others are ignored. Raises UserError for an unknown probe.
     """
-    def log_p(batch: range):
+    def log_p(batch):
         noise = row_noise(batch, data.shape[1:], device, seed, "likelihood")
         x0 = data[batch.start : batch.stop].to(device)
         if bin_width:

@@ -7,7 +7,7 @@ is heavy to import is imported once the settings are known to be right.
 from command_line import in_short, read_config, start
 
 
-def main(arguments: list[str]):
+def main(arguments):
     config = read_config(arguments)
 
     from distributed import print0, set_up, world_size

@@ -29,7 +29,6 @@ from torch import nn
 
 import data_utils
 from command_line import signal_name, stop_requested
-from data_utils import Dataset
 from distributed import all_or_none, gather_rows, on_rank0, rank0_first, share
 from logging_utils import Progress
 from saving import digest, write_tensors
@@ -81,7 +80,7 @@ def classifier_two_sample(x, y):
     return float(cross_val_score(trees, torch.cat([x, y]).numpy(), side, cv=5).mean())
 
 
-def compare_points(samples, reference: Dataset):
+def compare_points(samples, reference):
     """The metrics of vectors (N, D) or fields (N, C, H, W) against a reference, in units of its standard deviations.
 
     They are of the first samples and as many random items of the reference, at most POINTS. Raises UserError if samples
@@ -258,7 +257,7 @@ class Classifier(nn.Module):
         return self.body(images.float() / 127.5 - 1)  # (B, 64)
 
 
-def train_classifier(net: Classifier, train: Dataset, device):
+def train_classifier(net, train, device):
     """Trains `net` on the images of `train` and their labels, or else the numbers of their clusters.
 
     The result is the same each time, on one kind of device.
@@ -286,7 +285,7 @@ def train_classifier(net: Classifier, train: Dataset, device):
         schedule.step()
 
 
-def make_classifier(train: Dataset, device) -> Classifier:
+def make_classifier(train, device):
     """The classifier of the training split. Rank 0 trains it if data/cache does not hold it. All ranks must call it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -315,7 +314,7 @@ class Inception(nn.Module):
 
     prefix = ""
 
-    def __init__(self, train: Dataset, device):
+    def __init__(self, train, device):
         import_torchvision()  # before torch_fidelity does
         from torch_fidelity import feature_extractor_inceptionv3 as library
 
@@ -381,7 +380,7 @@ class Evaluator:
     images. The names of the metrics end in `suffix`. All ranks make an evaluator and call it.
     """
 
-    def __init__(self, train: Dataset, reference: Dataset, device, extractor="classifier", suffix=""):
+    def __init__(self, train, reference, device, extractor="classifier", suffix=""):
         self.reference, self.items, self.device, self.suffix = reference, len(reference), device, suffix
         self.spec = train.spec
         self.extractor = self.classifier = None

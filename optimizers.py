@@ -30,7 +30,7 @@ def learning_rate(step, *, base_lr, min_lr, warmup_steps, num_training_steps, lr
     return min_lr + (base_lr - min_lr) * look_up(SCHEDULES, lr_schedule)(min(progress, 1.0))
 
 
-def make_optimizer(net: nn.Module, weight_decay) -> torch.optim.Optimizer:
+def make_optimizer(net, weight_decay):
     """AdamW, fused into one kernel, with weight decay on matrices and convolution kernels, not on biases and norms."""
     parameters = [p for p in net.parameters() if p.requires_grad]
     groups = [
@@ -40,7 +40,7 @@ def make_optimizer(net: nn.Module, weight_decay) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
-def take_step(optimizer: torch.optim.Optimizer, max_norm):
+def take_step(optimizer, max_norm):
     """Takes a step of the optimizer, with gradients scaled down to the norm `max_norm` if theirs is larger (0: never).
 
     Returns the norm of all gradients before scaling, a scalar on their device. If it is not finite, weights and moments

@@ -17,7 +17,7 @@ x0 = c_skip xt + c_out F, Karras et al. 2022, eq. 7.)
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from processes import Coefs, Process
 from utils import append_dims, call_with_settings, look_up
@@ -33,7 +33,7 @@ PREDICTIONS = {
 }
 
 
-def row(kind, c: Coefs) -> tuple[Tensor | float, Tensor | float]:
+def row(kind, c: Coefs):
     """p and q of this kind at the coefficients `c`, tensors or numbers. Raises UserError for an unknown kind."""
     return look_up(PREDICTIONS, kind)(c)[:2]
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import saving
 from build import TRAINING_STEPS, compiles, read_data
 from config import Config, marks
-from data_utils import Cases, DataSpec, cases
+from data_utils import DataSpec, cases
 from distributed import agreed_stop, gather_rows, on_rank0, print0, rank, world_size
 from ema import EMA
 from logging_utils import Logger, picture_of
@@ -137,11 +137,11 @@ class Run:
                 print0(f"conditions of samples are those of the training split: {error}")
         return self.dataset
 
-    def cases(self, num) -> Cases:
+    def cases(self, num):
         """Labels and conditions of `num` samples."""
         return cases(self.held_out, num, self.config.samples_per_cond, self.config.class_conditional)
 
-    def samples(self, weights, sampler, cases: Cases):
+    def samples(self, weights, sampler, cases):
         """Decoded samples, of which each rank draws its share, and the mean network calls of one."""
         net = self.net if weights == "raw" else self.ema.net
         return self.draw(self.config, self.spec, self.process, net, self.device, cases, sampler)

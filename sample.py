@@ -72,7 +72,7 @@ def load_net(path, weights, device):
     return state, config, spec, process, net.eval()
 
 
-def load_guide(path, config: Config, spec: DataSpec, device):
+def load_guide(path, config, spec, device):
     """The averaged network at `path`, for autoguidance. Raises UserError if its data, process or prediction differ."""
     _, guide, guide_spec, _, net = load_net(path, "ema", device)
     shared = {"model_type", "process", "base", "base_std", "sigma_data"} | parameters_of(PROCESSES[config.process])
@@ -92,7 +92,7 @@ class Loaded:
     Raises UserError if it is not of this code, or the options contradict it.
     """
 
-    def __init__(self, options: Drawing, device):
+    def __init__(self, options, device):
         self.options, self.device = options, device
         self.state, config, self.spec, self.process, self.net = load_net(options.ckpt, options.weights, device)
         chosen = {name: value for name, value in vars(options).items() if hasattr(config, name) and value is not None}
@@ -102,7 +102,7 @@ class Loaded:
         check_settings(config)
         self.guide = load_guide(options.guide, config, self.spec, device) if options.guide else None
 
-    def draw(self, cases: Cases, **changes):
+    def draw(self, cases, **changes):
         """Samples for these cases, with `changes` of the settings, drawn by the run's trainer, and the mean network
         calls of one: see build.draw_all.
         """
@@ -111,7 +111,7 @@ class Loaded:
             config, self.spec, self.process, self.net, self.device, cases, config.sampler, self.guide)
 
 
-def conditions_of(path, run: Loaded) -> Cases:
+def conditions_of(path, run):
     """Conditions in a file, each for `samples_per_cond` samples. Raises UserError if they are not such as the run's."""
     data = rank0_first(lambda first: load_dataset(path, channels=run.config.channels if run.config.lag else ()))
     shape, times = run.spec.cond_shape, run.config.samples_per_cond
@@ -122,7 +122,7 @@ def conditions_of(path, run: Loaded) -> Cases:
     return Cases(len(cond), cond=cond, times=times)
 
 
-def rollout(run: Loaded, given: Cases, steps):
+def rollout(run, given, steps):
     """Forecasts (N, steps, ...), decoded: each is drawn with the one before as its condition."""
     if run.spec.cond_shape != run.spec.shape or run.config.corruption:
         raise UserError(f"rollout needs a condition like the data, such as that of --lag, and theirs are "
@@ -138,7 +138,7 @@ def rollout(run: Loaded, given: Cases, steps):
 # ---- From noise to data
 
 
-def trajectory(run: Loaded, given: Cases):
+def trajectory(run, given):
     """Samples on their way, decoded, (F, num, ...): at up to FRAMES times of the grid, and then the samples.
 
     The state at a time is what the network gets in the call at the nearest time; of several calls at one time, in the
@@ -163,7 +163,7 @@ def trajectory(run: Loaded, given: Cases):
     return torch.stack(frames)
 
 
-def save_trajectory(states, spec: DataSpec, path):
+def save_trajectory(states, spec, path):
     """Writes the result of `trajectory` as an animated GIF, which pauses at its end.
 
     Images and fields come in a grid. Of points the first and the last coordinate are drawn, up to three standard

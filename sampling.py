@@ -155,12 +155,12 @@ def shifted(u, T_min, T_max, grid_shift):
     return uniform(grid_shift * u / (1 + (grid_shift - 1) * u), T_min, T_max)
 
 
-def log_snr(u, T_min, T_max, process: Process):
+def log_snr(u, T_min, T_max, process):
     """Equal steps of the log-SNR (Lu et al. 2022, "DPM-Solver", section 3.3)."""
     return process.time(uniform(u, process.at(T_min).log_snr, process.at(T_max).log_snr))
 
 
-def edm(u, T_min, T_max, process: Process, rho):
+def edm(u, T_min, T_max, process, rho):
     """Equal steps of (sigma / alpha)^(1 / rho): EDM's noise levels, for any process (Karras et al. 2022, eq. 5)."""
     low, high = ((process.at(time).log_snr / (-2 * rho)).exp() for time in (T_min, T_max))
     return process.time(-2 * rho * uniform(u, low, high).log())
@@ -171,8 +171,8 @@ GRIDS = {"uniform": uniform, "quadratic": quadratic, "shifted": shifted, "log_sn
 NOISE_LEVEL_GRIDS = ("log_snr", "edm")
 
 
-def make_grid(sampling_steps, T_min, T_max, grid="uniform", **settings) -> list[float]:
-    """The n + 1 times of n = `sampling_steps` steps, from T_max down to T_min; both ends are exact.
+def make_grid(sampling_steps, T_min, T_max, grid="uniform", **settings):
+    """A list of the n + 1 times of n = `sampling_steps` steps, from T_max down to T_min; both ends are exact.
 
     `settings` may hold arguments of the grid; others are ignored. Raises UserError if the times are not finite or do
     not fall from one to the next, and for an unknown grid.
@@ -401,7 +401,7 @@ SAMPLERS = ODE_SAMPLERS | SDE_SAMPLERS
 FROM_A_POINT = ("euler_maruyama", "stochastic_heun", "predictor_corrector")
 
 
-def field_of(rows: range, shape, device, labels=None, cond=None, base="noise", **settings) -> Field:
+def field_of(rows, shape, device, labels=None, cond=None, base="noise", **settings):
     """The field of items of this shape for these `rows` of the labels (N,) and conditions (N, C, ...) of all.
 
     `base` (a name in BASES) makes the mean of the base of cond. `settings` may hold the other arguments of `Field`.
@@ -410,13 +410,13 @@ def field_of(rows: range, shape, device, labels=None, cond=None, base="noise", *
     return call_with_settings(Field, settings, label=label, cond=cond, m=look_up(BASES, base)(cond, shape))
 
 
-def draw(net, process: Process, *, rows: range, shape, device, seed, sampler, sampling_steps, T_min, T_max,
+def draw(net, process, *, rows, shape, device, seed, sampler, sampling_steps, T_min, T_max,
          grid="uniform", denoise=False, sampling_batch_size=None, **settings):
     """Yields the samples `rows`, in order, as batches (B, *shape) in float32 on `device`, each with its network calls.
 
-    xt starts at `T_max`, as the mean of the base plus sigma(T_max) times noise, and ends at `T_min`. Sample i is a
-    function of (seed, i), to rounding (dopri5: to its tolerance). It depends neither on `sampling_batch_size`, which
-    is halved where memory does not suffice, nor on how the samples are shared among ranks.
+    `rows` is a range. xt starts at `T_max`, as the mean of the base plus sigma(T_max) times noise, and ends at `T_min`.
+    Sample i is a function of (seed, i), to rounding (dopri5: to its tolerance). It depends neither on
+    `sampling_batch_size`, which is halved where memory does not suffice, nor on how the samples are shared among ranks.
 
     `denoise` returns the predicted x0 in place of xt at T_min. A sampler with an argument `denoise` does this as a step
     of its own, if the grid is one of NOISE_LEVEL_GRIDS, and if the error of x1, computed from the network's prediction
@@ -433,7 +433,7 @@ def draw(net, process: Process, *, rows: range, shape, device, seed, sampler, sa
                         and c_end.alpha * error_factor(c_end, settings["model_type"]) < MAX_ERROR_FACTOR)
 
     @torch.no_grad()
-    def draw_batch(batch: range) -> tuple[Tensor, int]:
+    def draw_batch(batch):
         noise = row_noise(batch, shape, device, seed, "sample")
         field = field_of(batch, shape, device, net=net, **settings)
         x = call_with_settings(solve, {**settings, "noise": noise, "denoise": sampler_denoises}, field=field,

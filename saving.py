@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from utils import UserError, first_line, warn, write_atomically
 
@@ -94,7 +93,7 @@ def load(path):
     return state
 
 
-def restore(net: nn.Module, weights, path):
+def restore(net, weights, path):
     """Loads `weights` of the checkpoint at `path` into `net`. Raises UserError if they are of another architecture."""
     try:
         net.load_state_dict(weights)

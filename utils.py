@@ -91,7 +91,7 @@ def invert(function, y, low, high):
     return (low + high) / 2
 
 
-def zero(module: torch.nn.Module) -> torch.nn.Module:
+def zero(module):
     """Sets all parameters of the module to zero, so that its branch adds nothing at the start; returns the module."""
     for parameter in module.parameters():
         torch.nn.init.zeros_(parameter)

@@ -9,6 +9,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import benchmark_peers
+import benchmark_start
 import numpy as np
 import pytest
 import torch
@@ -128,9 +129,10 @@ def test_the_clock_includes_the_work(monkeypatch):
 
 
 def test_the_median_of_the_rounds_is_reported(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(benchmark.PARTS, "start", lambda trainer: [("first", {"s": np.array([3.0, 1.0, 2.0]), "n": 7})])
-    benchmark.main([*TINY, "--parts", "start", "--out", str(tmp_path / "b.json")])
-    assert json.load(open(tmp_path / "b.json"))["start"] == {"first": {"s": 2.0, "n": 7.0}}
+    rows = [("first", {"s": np.array([3.0, 1.0, 2.0]), "n": 7})]
+    monkeypatch.setitem(benchmark.PARTS, "training", lambda trainer: rows)
+    benchmark.main([*TINY, "--parts", "training", "--out", str(tmp_path / "b.json")])
+    assert json.load(open(tmp_path / "b.json"))["training"] == {"first": {"s": 2.0, "n": 7.0}}
     assert "        2 s         7 n" in capsys.readouterr().out
 
 
@@ -177,9 +179,9 @@ def test_start_is_measured_to_the_first_step(monkeypatch, printed, comes):
 
         terminate = communicate = __enter__
 
-    monkeypatch.setattr(benchmark.subprocess, "Popen", Popen)
-    ((what, row),) = benchmark.measure_start(None)
-    assert 0 < row["s"] < 60 if comes else math.isnan(row["s"])
+    monkeypatch.setattr(benchmark_start.subprocess, "Popen", Popen)
+    seconds = benchmark_start.measure_start()
+    assert 0 < seconds < 60 if comes else math.isnan(seconds)
     (command,) = commands
     assert " ".join(command).startswith("sh run.sh digits ") and not os.path.exists(command[-1])  # a folder of its own
 
