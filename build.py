@@ -8,6 +8,7 @@ NETWORKS.
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from command_line import signal_name, stop_requested
 from config import Config
@@ -177,7 +178,7 @@ def read_data(config, split="train", spec=None):
     return replace(dataset, spec=spec or there)
 
 
-def draw_all(config, spec, process, net, device, cases, sampler, guide=None):
+def draw_all(config, spec, process, net: nn.Module, device, cases, sampler, guide=None):
     """Samples for the `cases`, of which each rank draws a share, and the mean network calls of one, on each rank's CPU.
 
     Samples are decoded: uint8 images, or float fields or vectors (num, ...). The network gets the labels if it is

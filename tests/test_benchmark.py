@@ -80,10 +80,10 @@ def test_settings_and_machine_are_reported_and_nothing_is_left(report):
 
 def test_on_two_ranks(tmp_path):
     out = tmp_path / "b.json"
-    result = run(*launch(2), ROOT / "benchmark.py", *TINY, "--parts", "training", "start", "--out", out)
+    result = run(*launch(2), ROOT / "benchmark.py", *TINY, "--parts", "training", "--out", out)
     assert result.returncode == 0, result.stderr
     content = json.load(open(out))
-    assert content["machine"]["ranks"] == 2 and "\ntraining\n" in result.stdout and "\nstart\n" not in result.stdout
+    assert content["machine"]["ranks"] == 2 and "\ntraining\n" in result.stdout
     assert 0 <= content["training"]["exchange of gradients, beside the backward pass"]["of_the_step"] < 1
 
 
