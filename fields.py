@@ -53,10 +53,10 @@ class Items:
     def read(self, rows):
         items = (self.source[int(i)] for i in rows)
         found = [np.asarray(item[0] if isinstance(item, tuple) else item) for item in items]
-        kinds = {f"{x.dtype} {x.shape}" for x in found}
+        kinds = {(x.dtype, x.shape) for x in found}
         if len(kinds) > 1 or found[0].dtype.kind not in "buif":
-            raise UserError(f"items are {' and '.join(sorted(kinds))}: expected images or arrays of numbers, of one "
-                            "type and shape; convert and resize them in __getitem__")
+            raise UserError(f"items are {' and '.join(sorted(f'{dtype} {shape}' for dtype, shape in kinds))}: expected "
+                            "images or arrays of numbers, of one type and shape; convert or resize them in __getitem__")
         return np.stack(found)
 
 

@@ -111,7 +111,8 @@ class Progress(tqdm):
     def __init__(self, what, work=None, unit="step"):
         self.terminal = sys.stderr.isatty()
         shown = "{desc}{n_fmt}{unit}" if work is None else "{desc}{n_fmt} of {total_fmt}{unit}"
-        lines = {"mininterval": 30, "delay": 30, "bar_format": shown}
+        # miniters: or tqdm's monitor, a thread, would print a line again with the number of steps before
+        lines = {"mininterval": 30, "miniters": 1, "delay": 30, "bar_format": shown}
         super().__init__(work, desc=f"{what}: ", unit=f" {unit}s", leave=False, disable=rank() > 0,
                          **BAR if self.terminal else lines)
 

@@ -19,7 +19,7 @@ x0 = c_skip xt + c_out F, Karras et al. 2022, eq. 7.)
 import torch
 from torch import nn
 
-from processes import Coefs, Process
+from processes import Coefs
 from utils import append_dims, call_with_settings, look_up
 
 PREDICTIONS = {
@@ -77,13 +77,13 @@ def error_factor(c: Coefs, kind):
 
 
 class Preconditioned(nn.Module):
-    """Calls the network with its input scaled to unit variance, c_in xt, and c_noise = log(sigma / alpha) / 4 for t.
+    """Calls the network with c_in xt, where c_in z has unit variance, and with c_noise = log(sigma / alpha) / 4 for t.
 
     (Karras et al. 2022, table 1 and eq. 7, for any alpha and sigma.) This and the prediction `edm`, whose row holds
     c_skip and c_out, are EDM's whole preconditioning. Its arguments are those of the network.
     """
 
-    def __init__(self, net: nn.Module, process: Process):
+    def __init__(self, net, process):
         super().__init__()
         self.net, self.process = net, process
 

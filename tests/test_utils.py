@@ -169,6 +169,19 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(monkeypatch, capsys)
         assert progress.n == 30 and "still decoding:  30%" in str(progress)
 
 
+def test_a_loop_has_a_line_every_30_seconds_in_a_log(monkeypatch, capsys):
+    """Though tqdm's monitor, a thread, looks every 10 s for bars that were not shown for long."""
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    progress = Progress("solving", range(100))
+    for _ in progress:
+        now[0] += 1.0
+        if progress.miniters > 1 and now[0] - progress.last_print_t >= progress.maxinterval:  # as the monitor does
+            progress.miniters = 1
+            progress.refresh(nolock=True)
+    assert capsys.readouterr().out == "".join(f"solving: {n} of 100 steps\n" for n in (30, 60, 90))
+
+
 def test_a_terminal_without_a_width_has_a_bar():
     terminal, its_end = os.openpty()  # 0 columns, as long as nobody sets them
     shown, stderr = b"", os.dup(2)
