@@ -16,15 +16,30 @@ from couplings import COUPLINGS
 from data_utils import load_dataset
 from distributed import all_or_none, gather_rows, print0, rank0_first, share
 from logging_utils import Progress
-from mlp import MLP
+from mlp import MLP, PlainMLP
 from prediction import Preconditioned, convert, loss_weight, target
 from processes import make_process
-from sampling import FROM_A_POINT, SDE_SAMPLERS, Field, draw, make_grid
+from sampling import FROM_A_POINT, SDE_SAMPLERS, WITHOUT_GAMMA, Field, draw, make_grid
 from time_samplers import TIME_SAMPLERS
 from unet import UNet
 from utils import UserError, call_with_settings, look_up, make_seed, parameters_of
 
-NETWORKS = {"unet": UNet, "mlp": MLP}
+NETWORKS = {"unet": UNet, "mlp": MLP, "plain_mlp": PlainMLP}
+
+
+class WithNoise(nn.Module):
+    """Gives a network a second output, E[z | xt], after the first one along the channels: (B, 2C, ...).
+
+    Any network can have it, made for 2C channels: it gets xt twice. Its arguments are those of the network.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, xt, t, label=None, cond=None):
+        return self.net(torch.cat([xt, xt], dim=1), t, label, cond)
+
 
 # Steps of training, and of a sampler over all its batches, from which compiling the network pays on a GPU. It takes
 # some 30 to 90 s there, and about halves the time of a call. These are estimates.
@@ -34,6 +49,8 @@ TRAINING_STEPS, SAMPLING_STEPS = 10_000, 500
 def check_run(config, device):
     """All that can be checked before data are read. Raises UserError; prints which settings the network ignores."""
     check_settings(config)
+    if config.coupling == "given" and config.source == "noise":
+        raise UserError("coupling given needs a source, and there is none: use --coupling ot, or give it a --source")
     if config.bf16 and not uses_bf16(config, device):
         raise UserError(f"bf16 is set, but {torch.cuda.get_device_name(device)} has no bfloat16, which GPUs have from "
                         "capability 8.0 on (A100, RTX 30): use --bf16 False")
@@ -50,11 +67,13 @@ def check_settings(config):
     settings = vars(config)
     process = make_process(**settings)
     time_sampler = make_time_sampler(config, process)
+    if config.source != "noise":
+        check_source(config, process)
     check_sampler(config, process, config.sampler)
     if config.sde_sampler:
         check_sampler(config, process, config.sde_sampler, "sde_sampler", "None")
-    one, model_type, target_type = torch.ones(1), config.model_type, config.target_type
-    field = Field(lambda x, t, label, cond: one, process, model_type)
+    one, model_type, target_type = torch.ones(1, 1), config.model_type, config.target_type
+    field = Field(lambda x, t, label, cond: torch.ones(1, 2 if process.gamma else 1), process, model_type)
     for name, fix in (("T_min", "1e-4"), ("T_max", "0.9999")):
         end = settings[name]
         t = torch.tensor([end])
@@ -71,18 +90,38 @@ def check_settings(config):
         if config.importance_weights:  # may be infinite at an end that is never drawn, as for logit_normal
             values[f"the importance weight of {config.time_sampler}"] = time_sampler.importance(t).clamp(max=1)
         if name == "T_max":  # no sampler needs the score at T_min: the last step is the ODE's
-            values[f"the score from a network that predicts {model_type}"] = field(2 * one, end, "score")
+            if config.source == "noise" or process.gamma:
+                values[f"the score from a network that predicts {model_type}"] = field(2 * one, end, "score")
         for what, value in values.items():
             if not value.isfinite().all():
                 raise UserError(f"{name} {end}: {what} is not finite there; use --{name} {fix}")
     make_grid(**settings | {"process": process})
 
 
+def check_source(config, process):
+    """Raises UserError for settings that do not go with a source."""
+    data, base = process.at(0.0), process.at(1.0)
+    if max(abs(value) for value in (data.alpha - 1, data.sigma, base.alpha, base.sigma - 1)) > 0.1:
+        raise UserError(f"process {config.process} does not lead from a source to the data, since its alpha and sigma "
+                        "are not 1 and 0 at t = 0, and 0 and 1 at t = 1: use --process rf")
+    kinds = ["velocity", "x0", "v", "x1"][: 3 if process.gamma else 4]  # of x1, gamma_dot eta is lost near t = 1
+    for name in ("model_type", "target_type"):
+        if vars(config)[name] not in kinds:
+            raise UserError(f"{name} {vars(config)[name]} is not for a source: expected one of {', '.join(kinds)}")
+    if config.precondition:
+        raise UserError("precondition is for noise at t = 1: use --precondition False, or --source noise")
+
+
 def check_sampler(config, process, sampler, name="sampler", fix="heun"):
-    """Raises UserError if this sampler, the setting `name`, needs what coupling or process do not give."""
-    if COUPLINGS[config.coupling] and sampler in SDE_SAMPLERS:
-        raise UserError(f"{name} {sampler} needs the score, which coupling {config.coupling} does not give, since its "
-                        f"noise is not independent of the data: use --{name} {fix}")
+    """Raises UserError if this sampler, the setting `name`, needs what coupling, source or process do not give."""
+    if process.gamma and sampler in WITHOUT_GAMMA:
+        raise UserError(f"{name} {sampler} knows nothing of the noise of gamma {config.gamma}: use --{name} "
+                        f"{'stochastic_heun' if sampler in SDE_SAMPLERS else fix}")
+    dependent = "source" if config.source != "noise" else "coupling" if config.coupling != "independent" else None
+    if dependent and not process.gamma and sampler in SDE_SAMPLERS:
+        raise UserError(f"{name} {sampler} needs the score, which {dependent} {vars(config)[dependent]} does not give, "
+                        f"since x1 is no noise that is independent of the data: use --{name} {fix}, or train with a "
+                        "--source and --gamma brownian")
     if process.at(config.T_max).sigma == 0 and sampler not in FROM_A_POINT:
         raise UserError(f"{name} {sampler} cannot leave a point, which the base of process {config.process} is at "
                         f"T_max {config.T_max}: use --{name} euler_maruyama, or a run with --T_max 0.9999")
@@ -111,9 +150,11 @@ def build(config, spec, device):
                         "conditions, as unet.py does")
     check_condition(config, spec)
     torch.manual_seed(make_seed(config.seed, "weights"))
+    process, (C, *size) = make_process(**vars(config)), spec.shape
     net = call_with_settings(network, {**vars(config), "num_classes": num_classes, "cond_shape": cond_shape},
-                             data_shape=spec.shape)
-    process = make_process(**vars(config))
+                             data_shape=(2 * C if process.gamma else C, *size))
+    if process.gamma:
+        net = WithNoise(net)
     if config.precondition:
         net = Preconditioned(net, process)
     # of the parameters, only those of convolutions have such a format
@@ -203,7 +244,8 @@ def draw_all(config, spec, process, net: nn.Module, device, cases, sampler, guid
 
     settings = vars(config) | dict(
         net=watched(net), guide=guide and watched(guide), process=process, device=device, rows=rows, shape=spec.shape,
-        labels=cases.labels if config.class_conditional else None, cond=cases.cond, sampler=sampler)
+        labels=cases.labels if config.class_conditional else None, cond=cases.cond, sampler=sampler, start=cases.start,
+        reverse=cases.reverse)
 
     def own_samples():
         samples, calls = [spec.decode(torch.empty(0, *spec.shape))], []  # of the right type, if this rank has no rows

@@ -48,6 +48,7 @@ Seed = Annotated[int, Within("[0, 4294967296)")]
 # (accumulation_steps). The cosine schedule follows num_training_steps, and data_dir must hold the same data.
 MayChange = Annotated[T, "may change"]
 Sampling = Annotated[T, "may change", "sampling"]  # and an option of sample.py and evaluate.py
+FixedSampling = Annotated[T, "sampling"]  # an option of both, but a run that resumes has its own
 Sampler = Literal[key_of("sampling.ODE_SAMPLERS"), key_of("sampling.SDE_SAMPLERS")]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 
@@ -75,7 +76,7 @@ class Config:
     lag: NonNegativeInt = 0  # The frame so many before in the trajectory; 0: none.
     cond_dropout: Share = 0.0  # Share of conditions that are hidden in training: guidance needs it.
 
-    # ---- Process: xt = alpha(t) x0 + sigma(t) x1 + shift(t) m, with t = 0 data and t = 1 the base, of mean m
+    # ---- Process: xt = alpha(t) x0 + sigma(t) x1 + shift(t) m + gamma(t) z, t = 0 data and t = 1 the base, of mean m
     process: key_of("processes.PROCESSES") = "rf"  # How data turns into noise.
     beta_min: float = 0.1  # linear_vp, sub_vp: noise rate beta at t = 0.
     beta_max: float = 20.0  # linear_vp, sub_vp: noise rate beta at t = 1.
@@ -86,7 +87,10 @@ class Config:
     foellmer_power: Annotated[float, Within("[1, inf)")] = 2.0  # foellmer: alpha = (1 - t)^power; 1 or 2.
     base: key_of("processes.BASES") = "noise"  # noise: m = 0. condition: m is the condition itself.
     base_std: PositiveFloat = 1.0  # condition: standard deviation of the base around m; foellmer has 0.
-    coupling: key_of("couplings.COUPLINGS") = "independent"  # Which noise goes with which data.
+    source: FixedSampling[key_of("data_utils.DATASETS") | str] = "noise"  # x1: noise, or a data set, as for dataset.
+    gamma: key_of("processes.GAMMAS") | None = None  # Noise on the way from source, or base condition, to data.
+    gamma_scale: PositiveFloat = 1.0  # Factor of gamma.
+    coupling: key_of("couplings.COUPLINGS") = "independent"  # Which x1 goes with which data.
     T_min: float = 1e-4  # Least time, in training and sampling.
     T_max: float = 0.9999  # Greatest time, in training and sampling.
 
@@ -115,8 +119,9 @@ class Config:
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # unet: multiples of model_channels, one for each resolution.
     num_res_blocks: PositiveInt = 2  # unet: residual blocks at each resolution.
     attention_resolutions: tuple[int, ...] = (16,)  # unet: heights with self-attention, beside the middle's.
-    hidden_dim: PositiveInt = 256  # mlp: width.
-    num_layers: PositiveInt = 4  # mlp: residual layers.
+    hidden_dim: PositiveInt = 256  # mlp, plain_mlp: width.
+    num_layers: PositiveInt = 4  # mlp: residual layers; plain_mlp: hidden layers.
+    activation: key_of("mlp.ACTIVATIONS") = "silu"  # mlp, plain_mlp: activation.
     dropout: Share = 0.1  # Dropout inside the network.
     class_conditional: bool = False  # Give the network the labels.
     label_dropout: Share = 0.1  # Share of training labels that are hidden: guidance needs it.
@@ -230,6 +235,10 @@ PRESETS = {
         evaluation_samples=5000,
     ),
 }
+PRESETS["moons_to_eight_gaussians"] = PRESETS["moons"] | dict(
+    dataset="eight_gaussians_far", source="moons_far", gamma="brownian", gamma_scale=0.3, num_training_steps=2000,
+    evaluate_every=2000,
+)
 for name in PRESETS.keys() - {"cifar10"}:  # a run has the name of its preset; the default is cifar10
     PRESETS[name]["run_name"] = name
 
@@ -272,6 +281,14 @@ def problems(c: Config, world_size=1, guide=None):
             not 0 < c.beta_min <= c.beta_max,
         f"sigma_min {c.sigma_min} and sigma_max {c.sigma_max}: expected 0 <= sigma_min < sigma_max, as 0.002 and 80":
             not 0 <= c.sigma_min < c.sigma_max,
+        "source and base condition both replace the noise: use --source noise, or --base noise":
+            c.source != "noise" and c.base != "noise",
+        f"gamma {c.gamma} is the noise between data and a source: use it with --source moons, for one, or with --base "
+        "condition; or use --gamma None": c.gamma and c.source == c.base == "noise",
+        "coupling sb goes with the noise of a Brownian bridge: use --gamma brownian and a --source, or --coupling ot":
+            c.coupling == "sb" and (c.gamma != "brownian" or c.source == "noise"),
+        "trainer regression predicts data from conditions alone: use --source noise, or --trainer diffusion":
+            c.trainer == "regression" and c.source != "noise",
         "coupling ot_within_class needs labels: use --class_conditional True, or --coupling ot":
             c.coupling == "ot_within_class" and not c.class_conditional,
         f"guidance_scale {c.guidance_scale} needs a network that was trained without labels or condition too: train "

@@ -82,10 +82,14 @@ class DataSpec:
         mean, std = scale(data, self.mean, self.std)
         return (data.float() - mean) / std
 
+    def unscaled(self, x):
+        """Samples (B, ...) on the network's scale -> float32 on the scale of the data, also of images."""
+        mean, std = scale(x, self.mean, self.std)
+        return x.float() * std + mean
+
     def decode(self, x):
         """Samples (B, ...) on the network's scale -> uint8 images, rounded and clamped, or float32 items."""
-        mean, std = scale(x, self.mean, self.std)
-        data = x.float() * std + mean
+        data = self.unscaled(x)
         return data.round().clamp(0, 255).to(torch.uint8) if self.is_image else data
 
     def condition(self, cond):
@@ -106,6 +110,7 @@ class Cases(NamedTuple):
     """What `num` samples are drawn for: labels (num,) and conditions (num, ...), or None.
 
     With conditions, `times` samples one after the other have the same, and `truth` (num / times, ...) are their items.
+    `start` (num, ...) are the points of a source, encoded, from which they start; or, with `reverse`, data.
     """
 
     num: int
@@ -113,6 +118,8 @@ class Cases(NamedTuple):
     cond: Tensor | None = None
     truth: Tensor | None = None
     times: int = 1
+    start: Tensor | None = None
+    reverse: bool = False
 
 
 @dataclass
@@ -123,6 +130,7 @@ class Dataset:
     name: str = ""  # the random order depends on it, and on the seed
     cond: np.ndarray | Items | None = None  # (N, ...)
     corruption: Callable | None = None  # a function of (x0, uniform) that makes the conditions instead
+    source: "Dataset | None" = None  # x1, if it is no noise
 
     def condition(self, x0, cond, uniform):
         """What the network gets as conditions of encoded items x0, whose stored conditions are `cond`; None if none.
@@ -141,7 +149,11 @@ class Dataset:
         truth, labels, cond = self[rows]
         cond = self.condition(self.spec.encode(truth), cond, uniform_rows(range(len(rows)), "cpu", "corruption"))
         labels, cond = (x if x is None else x.repeat_interleave(times, 0) for x in (labels, cond))
-        return Cases(len(rows) * times, labels, cond, truth, times)
+        return Cases(len(rows) * times, labels, cond, truth, times, self.start(np.repeat(rows, times)))
+
+    def start(self, rows):
+        """Points of the source, those with the numbers `rows` (an array), on the network's scale; or None."""
+        return self.source and self.spec.encode(self.source[rows % len(self.source)][0])
 
     def __len__(self):
         return len(self.data)
@@ -259,22 +271,36 @@ def digits(split):
     return make_dataset(np.rint(data.images[rows] * (255 / 16)).astype(np.uint8), data.target[rows])
 
 
-def moons(split):
-    """20,000 points on two half circles of radius 1, with noise 0.05; as many for testing. The label is the circle."""
+def moons(split, num=20_000, noise=0.05, change=lambda x: x):
+    """Points on two half circles of radius 1, with noise, then changed; as many for testing. The label is the circle.
+    """
     from sklearn.datasets import make_moons
 
-    return make_dataset(*make_moons(20_000, noise=0.05, random_state=SPLITS.index(split)))
+    x, labels = make_moons(num, noise=noise, random_state=SPLITS.index(split))
+    return make_dataset(change(x), labels)
 
 
-def eight_gaussians(split):
-    """20,000 points of eight Gaussians, standard deviation 0.1, on a circle of radius 2; as many for testing.
+def eight_gaussians(split, num=20_000, radius=2, std=0.1):
+    """Points of eight Gaussians of this standard deviation, on a circle; as many for testing.
 
     The label is the number of the Gaussian.
     """
     from sklearn.datasets import make_blobs, make_circles
 
-    centres = 2 * make_circles((8, 0), shuffle=False)[0]  # 8 points on the outer circle, none on an inner one
-    return make_dataset(*make_blobs(20_000, centers=centres, cluster_std=0.1, random_state=SPLITS.index(split)))
+    centres = radius * make_circles((8, 0), shuffle=False)[0]  # 8 points on the outer circle, none on an inner one
+    return make_dataset(*make_blobs(num, centers=centres, cluster_std=std, random_state=SPLITS.index(split)))
+
+
+def s_curve(split):
+    """10,000 points on a curve like the letter S, with noise 0.05, times 1.5; as many for testing."""
+    from sklearn.datasets import make_s_curve
+
+    return make_dataset(1.5 * make_s_curve(10_000, noise=0.05, random_state=SPLITS.index(split))[0][:, [0, 2]], None)
+
+
+def normal(split):
+    """10,000 points of N(0, I) in the plane, whatever the scale of the data that they are the source of."""
+    return make_dataset(np.random.default_rng(SPLITS.index(split)).normal(size=(10_000, 2)), None)
 
 
 def checkerboard(split):
@@ -391,17 +417,27 @@ DATASETS = {
     "moons": moons,
     "eight_gaussians": eight_gaussians,
     "checkerboard": checkerboard,
+    # In the scale of the literature, 10,000 points: Tong et al. 2023 (wide); Shi et al. 2023, "DSBM" (far)
+    "moons_wide": functools.partial(moons, num=10_000, change=lambda x: 2 * x - [1, 0]),
+    "eight_gaussians_wide": functools.partial(eight_gaussians, num=10_000, radius=5, std=1.0),
+    "s_curve": s_curve,
+    "normal": normal,
+    "moons_far": functools.partial(  # of mean 0 and a standard deviation of 7, of both coordinates together
+        moons, num=10_000, noise=0.1, change=lambda x: 7 * (x - x.mean(0)) / (x - x.mean(0)).std()),
+    "eight_gaussians_far": functools.partial(eight_gaussians, num=10_000, radius=12, std=1.5),
     "navier_stokes": navier_stokes,
 }
 
 
 def load_dataset(name, data_dir="data", image_size=32, download=False, split="train", channels=(), lag=0,
-                 corruption=None, **settings) -> Dataset:
+                 corruption=None, source="noise", coupling="independent", **settings) -> Dataset:
     """The split, train or test, of the data set of this name, of a .npz or .npy file, or of a folder of .npy files.
 
     `image_size` is in pixels, for image_folder, and `channels` are those of files to take. The condition of an item is
     the frame `lag` earlier in its trajectory, if this is not 0, or what the `corruption` of this name leaves of it;
-    `settings` may hold its arguments. Raises UserError for an unknown name, and for data that are missing or bad.
+    `settings` may hold its arguments. `source` is noise, or names a data set of the same shape, whose batches have an
+    order of their own, or with the coupling `given` that of the data. Raises UserError for an unknown name, and for
+    data that are missing or bad.
     """
     if name.endswith((".npz", ".npy")) or name not in DATASETS and os.path.isdir(name):
         dataset = from_files(name, split, channels)
@@ -436,6 +472,15 @@ def load_dataset(name, data_dir="data", image_size=32, download=False, split="tr
         spec.cond_shape = tuple(shape)  # of the data's channels, and perhaps a mask
         spec.cond_mean = ((spec.mean * C)[:C] + [0.0])[: shape[0]]
         spec.cond_std = ((spec.std * C)[:C] + [1.0])[: shape[0]]
+    if source != "noise":
+        dataset.source = there = load_dataset(source, data_dir, image_size, download, split, channels)
+        if there.spec.shape != spec.shape:
+            raise UserError(f"source {source} has items of shape {there.spec.shape}, and {name} of {spec.shape}: "
+                            "expected the same")
+        if coupling == "given" and len(there) != len(dataset):
+            raise UserError(f"coupling given pairs item with item, but source {source} has {len(there)}, and {name} "
+                            f"{len(dataset)}: expected as many, or use --coupling independent")
+        there.name = dataset.name if coupling == "given" else f"source {there.name}"
     return dataset
 
 
@@ -447,7 +492,8 @@ def cases(dataset, num, samples_per_cond, class_conditional):
     items that are spread over it, `samples_per_cond` for each.
     """
     if not dataset.spec.cond_shape:
-        return Cases(num, spread_labels(dataset.labels, num) if class_conditional else None)
+        rows = dataset.source and np.resize(np.random.default_rng(0).permutation(len(dataset.source)), num)
+        return Cases(num, spread_labels(dataset.labels, num) if class_conditional else None, start=dataset.start(rows))
     rows = np.linspace(0, len(dataset) - 1, max(1, num // samples_per_cond)).astype(int)
     return dataset.cases(rows, samples_per_cond)
 

@@ -20,6 +20,7 @@ import shlex
 import statistics
 import subprocess
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import numpy as np
@@ -42,10 +43,10 @@ from logging_utils import (
     save_picture,
     start_wandb,
 )
-from metrics import EXTRACTORS, LEAST, Evaluator, content, nearest, root_mean_square, spectrum
+from metrics import EXTRACTORS, LEAST, Evaluator, content, nearest, root_mean_square, spectrum, wasserstein
 from processes import first_channels
 from sample import Drawing, Loaded
-from sampling import SAMPLERS
+from sampling import SAMPLERS, field_of, make_grid, taken
 from saving import digest
 from trainer import TRAINERS
 from utils import UserError, look_up, parameters_of, write_atomically
@@ -95,9 +96,10 @@ class Evaluation(Loaded):
                 raise
             print0(f"what needs a test split is left out: {error}")
         train, reference = self.data["train"], self.data[options.reference]
-        self.source = self.data.get("test", train) if spec.cond_shape else train
+        self.source = self.data.get("test", train) if spec.cond_shape or train.source else train
         self.given = cases(self.source, options.num, config.samples_per_cond, config.class_conditional)
         options.num, times = self.given.num, self.given.times
+        self.x1 = self.starts(self.given)
         if options.num < LEAST * times:
             raise UserError(f"{options.num} samples are those of {options.num // times} conditions: expected {LEAST} "
                             f"or more; use --num {LEAST * times}, or fewer --samples_per_cond")
@@ -202,6 +204,32 @@ def real_data(e):
     return {"items": items.num, "what": what, "metrics": evaluator(items.truth, items.labels if known else None)}
 
 
+# ---- Paths
+
+
+def path_energy(e):
+    """Of points: E int |velocity|^2 dt along the ODE by Euler's method, beside the least, W2^2 of its ends' data.
+
+    Normalised, it is energy / W2^2 - 1 (Tong et al. 2023, section 6). All are in the data's own units.
+    """
+    given, spec = e.given, e.spec
+    if len(spec.shape) > 1 or given.cond is not None or e.config.trainer == "regression":
+        return
+    rows, energy = share(given.num), 0.0
+    x = taken(e.x1, rows, e.device)
+    settings = vars(e.config) | dict(net=e.net, process=e.process, labels=given.labels, device=e.device)
+    field, least = field_of(rows, spec.shape, **settings), wasserstein(
+        spec.decode(e.x1), e.random_items(e.source, given.num).truth) ** 2
+    for t, t_next in pairwise(make_grid(**settings)):
+        with torch.no_grad():
+            velocity = field(x, t, "velocity")
+        x = x + (t_next - t) * velocity
+        energy = energy + (t - t_next) * (velocity.cpu() * torch.tensor(spec.std)).square().sum(1)
+    energy = gather_rows(energy).mean().item()
+    e.card["paths"] = found = {"path_energy": energy, "least": least, "normalised": energy / least - 1}
+    print0(f"paths       {in_words(found)}")
+
+
 # ---- Forecasts
 
 
@@ -245,6 +273,9 @@ def likelihood(e):
     """Bits per dimension of test images, or nats of test vectors in the data's own units: mean and standard error."""
     test, spec = e.data.get("test"), e.spec
     known = e.config.trainer != "regression" and e.process.at(e.config.T_max).sigma > 0  # there is none at a point
+    if e.config.source != "noise":
+        return print0("likelihood is left out: the density of a source is not known; what is known is its change along "
+                      "the ODE, by likelihood.flow")
     if not test or not known or not e.options.likelihood_num:
         return
     items = e.random_items(test, e.options.likelihood_num)
@@ -357,7 +388,7 @@ def curve(e):
             lines, e.card["metrics"][metric].get("real"), xlabel="network calls a sample", ylabel=metric, xscale="log")
 
 
-PARTS = [distances, forecasts, likelihood, neighbours, loss_by_t, curve]
+PARTS = [distances, path_energy, forecasts, likelihood, neighbours, loss_by_t, curve]
 
 
 # ---- The script

@@ -66,6 +66,19 @@ def convert(y, z, c: Coefs, kind, to):
     return (z_factor * z + y_factor * y) / (c.alpha * q - c.sigma * p)
 
 
+def convert_noisy(y, eta, xt, c: Coefs, kind, to):
+    """As `convert`, for xt = alpha x0 + sigma x1 + gamma z, where eta (B, ...) = E[z | xt] is predicted too.
+
+    The prediction `y` is about x0 and x1, with xt - gamma eta in the place of z above. The score is -eta / gamma, and
+    the velocity has a term gamma_dot eta (Albergo, Boffi & Vanden-Eijnden 2023, "Stochastic Interpolants: A Unifying
+    Framework for Flows and Diffusions", section 2).
+    """
+    if to == "score":
+        return -eta / c.gamma
+    y = convert(y, xt - c.gamma * eta, c, kind, to)
+    return y + c.gamma_dot * eta if to == "velocity" else y
+
+
 def error_factor(c: Coefs, kind):
     """How much a conversion of this kind enlarges the network's error: (|p| + |q|) / |D|, in the shape of `c`.
 

@@ -38,6 +38,13 @@ class Coefs(NamedTuple):
     shift: Tensor | float = 0.0
     shift_dot: Tensor | float = 0.0
     x1_drift: Tensor | None = None  # coefficient of x1 in `drift`, where the process has a better formula for it
+    gamma: Tensor | None = None  # coefficient of the noise z, where x1 comes from a data set
+    gamma_dot: Tensor | None = None
+
+    @property
+    def noise(self):
+        """Standard deviation of the noise in xt: gamma, or sigma where x1 is the noise."""
+        return self.sigma if self.gamma is None else self.gamma
 
     @property
     def f(self):
@@ -91,6 +98,7 @@ class Process:
     half_g2 = None  # or a method of t that returns delta, for a process whose general formula gives 0 times infinity
     x1_drift = None  # or a method of t that returns the coefficient of x1 in the drift of the process's own SDE
     shift = None  # or a method of t
+    gamma = None  # or a method of t: `make_process` sets it
     last = math.inf  # latest time at which predictions can be converted
 
     def alpha_dot(self, t):
@@ -102,10 +110,13 @@ class Process:
     def shift_dot(self, t):
         return derivative(self.shift, t)
 
+    def gamma_dot(self, t):
+        return derivative(self.gamma, t)
+
     def coefs(self, t, ndim=1) -> Coefs:
         """The coefficients at t (B,), shaped to multiply a batch of `ndim` dimensions."""
         names = ["alpha", "sigma", "alpha_dot", "sigma_dot", "half_g2", "x1_drift"]
-        names += ["shift", "shift_dot"] if self.shift else []
+        names += [name for key in ("shift", "gamma") if getattr(self, key) for name in (key, f"{key}_dot")]
         found = {name: append_dims(getattr(self, name)(t), ndim) for name in names if getattr(self, name)}
         return Coefs(sigma_data=self.sigma_data, **found)
 
@@ -361,16 +372,31 @@ PROCESSES = {
 }
 
 
-# ---- Bases
+# ---- Bases, and the noise gamma(t) z
+
+# gamma at scale 1, 0 at both ends (Albergo, Boffi & Vanden-Eijnden 2023, "Stochastic Interpolants: A Unifying
+# Framework for Flows and Diffusions")
+GAMMAS = {
+    "brownian": lambda t: (2 * t * (1 - t)).sqrt(),
+    "bsquared": lambda t: t * (1 - t),
+    "sin_squared": lambda t: torch.sin(math.pi * t) ** 2,
+}
 
 
-class AroundMean(Process):
+class Bridge(Process):
+    """`process` from the point m, which the network knows, with noise in between: shift = its sigma, sigma = gamma."""
+
+    def __init__(self, process: Process, gamma):
+        self.alpha, self.alpha_dot = process.alpha, process.alpha_dot
+        self.shift, self.shift_dot = process.sigma, process.sigma_dot
+        self.sigma = gamma
+
+
+class AroundMean(Bridge):
     """`process` with the base N(m, base_std^2 I): sigma -> base_std sigma, and shift = sigma."""
 
     def __init__(self, process: Process, base_std):
-        self.alpha, self.alpha_dot = process.alpha, process.alpha_dot
-        self.shift, self.shift_dot = process.sigma, process.sigma_dot
-        self.sigma = lambda t: base_std * process.sigma(t)
+        super().__init__(process, lambda t: base_std * process.sigma(t))
         self.sigma_dot = lambda t: base_std * process.sigma_dot(t)
         self.inverse = lambda log_snr: process.inverse(log_snr + 2 * math.log(base_std))
         if process.half_g2:
@@ -387,16 +413,28 @@ def first_channels(cond, shape):
 BASES = {"noise": lambda cond, shape: 0.0, "condition": first_channels}
 
 
-def make_process(process, sigma_data=0.5, base="noise", base_std=1.0, **settings) -> Process:
+def make_process(process, sigma_data=0.5, base="noise", base_std=1.0, gamma=None, gamma_scale=1.0,
+                 **settings) -> Process:
     """The process of this name, made with those of `settings` that it has arguments for; others are ignored.
 
-    Raises UserError for an unknown name, and for settings that the process refuses.
+    `gamma` (a name in GAMMAS) adds the noise gamma_scale gamma(t) z. With the base condition this replaces the noise of
+    the base. Raises UserError for an unknown name, and for settings that the process refuses.
     """
     made = call_with_settings(look_up(PROCESSES, process), settings)
+    if gamma:
+        shape = look_up(GAMMAS, gamma)
+
+        def noise(t):
+            return gamma_scale * shape(t)
+
+        if made.shift:
+            raise UserError(f"process {process} has noise of its own: use --gamma None, or --process rf")
     if base == "condition" and not made.shift:
         if made.at(1.0).alpha > 0.1:
             raise UserError(f"process {process} keeps the data at t = 1, and does not reach the base condition: use a "
                             "process such as rf, or --base noise")
-        made = AroundMean(made, base_std)
+        made = Bridge(made, noise) if gamma else AroundMean(made, base_std)
+    elif gamma:
+        made.gamma = noise
     made.sigma_data = sigma_data
     return made

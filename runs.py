@@ -128,13 +128,14 @@ class Run:
 
     @functools.cached_property
     def held_out(self):
-        """The test split, for whose conditions there are samples; the training split, if there is none or no condition.
+        """The test split, for whose conditions or source there are samples; the training split, if there is none, or
+        neither of these.
         """
-        if self.spec.cond_shape:
+        if self.spec.cond_shape or self.dataset.source:
             try:
                 return read_data(self.config, "test", self.spec)
             except UserError as error:
-                print0(f"conditions of samples are those of the training split: {error}")
+                print0(f"samples are drawn for the training split: {error}")
         return self.dataset
 
     def cases(self, num):
@@ -189,6 +190,12 @@ class Run:
 
     # ---- Saving
 
+    @property
+    def items(self):
+        """The number of items; with a source, and of its points."""
+        source = self.dataset.source
+        return (len(self.dataset), len(source)) if source else len(self.dataset)
+
     def state(self):
         """Everything that a run needs to resume, in plain containers."""
         return {
@@ -196,7 +203,7 @@ class Run:
             "net": self.net.state_dict(),
             "ema": self.ema.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "items": len(self.dataset),
+            "items": self.items,
             "window": gather_rows(torch.cat(self.window)),
             "skipped": self.skipped,
             "config": vars(self.config),
@@ -223,7 +230,7 @@ class Run:
         """Resumes the run from a checkpoint."""
         state = saving.load(path)
         saving.check_data(path, vars(DataSpec(**state["data"])) | {"items": state["items"]},
-                          vars(self.spec) | {"items": len(self.dataset)})
+                          vars(self.spec) | {"items": self.items})
         saving.restore(self.net, state["net"], path)
         self.ema.net.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

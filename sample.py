@@ -30,7 +30,7 @@ from logging_utils import coloured, image_grid, picture_of, save_picture
 from processes import PROCESSES
 from sampling import make_grid
 from trainer import TRAINERS
-from utils import UserError, look_up, make_seed, parameters_of, write_atomically
+from utils import UserError, look_up, make_seed, parameters_of, row_noise, write_atomically
 
 FRAMES = 50  # most frames of a trajectory, before the samples themselves
 
@@ -54,6 +54,8 @@ class Options(Drawing):
     labels: tuple[int, ...] = ()  # Labels to draw, in turn, such as 3 5 7; none: all.
     cond: str | None = None  # File of conditions, .npy or .npz with arr_0, as data are stored. None: of test items.
     rollout: NonNegativeInt = 0  # Forecasts of forecasts, so many after each other, as OUT.gif; 0: none.
+    reverse: bool = False  # From data of the test split to the source, by the ODE.
+    pairs: bool = False  # Write OUT_source.npz, the x1 of each sample, to train on the pairs: --coupling given.
     trajectory: bool = False  # Write OUT.gif: the first 100 images or 2,000 points on their way from noise.
 
 
@@ -75,7 +77,8 @@ def load_net(path, weights, device):
 def load_guide(path, config, spec, device):
     """The averaged network at `path`, for autoguidance. Raises UserError if its data, process or prediction differ."""
     _, guide, guide_spec, _, net = load_net(path, "ema", device)
-    shared = {"model_type", "process", "base", "base_std", "sigma_data"} | parameters_of(PROCESSES[config.process])
+    shared = {"model_type", "process", "base", "base_std", "gamma", "gamma_scale", "sigma_data"}
+    shared |= parameters_of(PROCESSES[config.process])
     different = [name for name in vars(config) if name in shared and getattr(guide, name) != getattr(config, name)]
     if guide_spec != spec or different:
         raise UserError(f"guide {path} differs in {', '.join(different) or 'its data'}: expected a run with the same "
@@ -111,6 +114,13 @@ class Loaded:
             config, self.spec, self.process, self.net, self.device, cases, config.sampler, self.guide)
 
 
+    def starts(self, cases):
+        """The x1 of all samples: the source's points, or the noise, of the first seed, that `draw` starts from."""
+        if cases.start is not None:
+            return cases.start
+        return row_noise(range(cases.num), self.spec.shape, self.device, self.options.seed, "sample")().cpu()
+
+
 def conditions_of(path, run):
     """Conditions in a file, each for `samples_per_cond` samples. Raises UserError if they are not such as the run's."""
     data = rank0_first(lambda first: load_dataset(path, channels=run.config.channels if run.config.lag else ()))
@@ -135,6 +145,12 @@ def rollout(run, given, steps):
     return torch.stack(states, dim=1)
 
 
+def reversed_cases(test, given):
+    """As many items of the test split, in random order, as points from which the ODE leads to the source."""
+    items = test.cases(np.resize(np.random.default_rng(0).permutation(len(test)), given.num))
+    return items._replace(truth=None, start=test.spec.encode(items.truth), reverse=True)
+
+
 # ---- From noise to data
 
 
@@ -155,7 +171,7 @@ def trajectory(run, given):
     recording.net = recorded
     samples, _ = recording.draw(given, compile=False, sampling_batch_size=given.num)
     states = states or {0.0: samples[:0]}  # of a rank that has no share
-    times = make_grid(**vars(run.config) | {"process": run.process})[:-1]
+    times = make_grid(**vars(run.config) | {"process": run.process})[:: -1 if given.reverse else 1][:-1]
     calls = [min(states, key=lambda call: abs(call - time)) for time in times[:: math.ceil(len(times) / FRAMES)]]
     frames = [*(gather_rows(states[call]) for call in calls), samples]
     if min(map(len, frames)) < given.num:
@@ -196,9 +212,10 @@ def main(arguments):
                             f"{f'0 to {classes[-1]}' if classes else 'none'}")
         if options.cond:
             given = conditions_of(options.cond, run)
-        elif spec.cond_shape:
+        elif spec.cond_shape or config.source != "noise":
             test = read_data(config, "test", spec)
             given = cases(test, options.num, config.samples_per_cond, config.class_conditional)
+            given = reversed_cases(test, given) if options.reverse else given
         if classes and (options.labels or given.labels is None):
             given = given._replace(labels=torch.tensor(np.resize(options.labels or classes, given.num)))
         if options.rollout:
@@ -210,6 +227,9 @@ def main(arguments):
         on_rank0(write_atomically, f"{out}.npz", lambda file: np.savez(file, *arrays))  # as arr_0 and arr_1
         shown = 100 if len(spec.shape) == 3 else None
         on_rank0(lambda: save_picture(picture_of(samples[:shown], cases=given, spec=spec), f"{out}.png"))
+        if options.pairs:
+            x1 = spec.unscaled(run.starts(given))
+            on_rank0(write_atomically, f"{out}_source.npz", lambda file: np.savez(file, x1))
         if options.trajectory or options.rollout:
             first = given._replace(num=min(given.num, shown or 2000))
             frames = states[: first.num].transpose(0, 1) if options.rollout else trajectory(run, first)

@@ -23,7 +23,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from prediction import convert, error_factor, without_mean
+from prediction import convert, convert_noisy, error_factor, without_mean
 from processes import BASES, Process
 from utils import UserError, call_with_settings, in_batches, look_up, parameters_of, row_noise
 
@@ -115,7 +115,11 @@ class Field:
             out_kind, c_latest = "x0", self.process.at(self.latest)
             scaled = c_latest.sigma / c.sigma * x
             out = convert(self.predict(scaled, self.latest, time), scaled, c_latest, self.model_type, out_kind)
-        converted = [convert(out, x, c, out_kind, kind) for kind in kinds]
+        if c.gamma is None:
+            converted = [convert(out, x, c, out_kind, kind) for kind in kinds]
+        else:
+            y, eta = out.chunk(2, dim=1)
+            converted = [convert_noisy(y, eta, x, c, out_kind, kind) for kind in kinds]
         return converted[0] if len(kinds) == 1 else converted
 
     def drift(self, x, time, eps):
@@ -127,11 +131,13 @@ class Field:
         """eps for the step from t to t_next: its value in the middle of the step, at most sigma(t_next)^2 / (2 |dt|).
 
         So no step adds more noise than there is at its end. Every eps keeps the marginals, but in one step a larger one
-        would overshoot, as `constant` would near the data and `delta` near the noise.
+        would overshoot, as `constant` would near the data and `delta` near the noise. With gamma, at either end of the
+        step this is the limit, with gamma in place of sigma.
         """
         middle = (t + t_next) / 2
         eps = call_with_settings(look_up(DIFFUSIONS, self.sde_diffusion), {"c": self.process.at(middle), "t": middle})
-        return min(self.sde_scale * float(eps), self.process.at(t_next).sigma.item() ** 2 / (2 * abs(t_next - t)))
+        noise = min(self.process.at(time).noise.item() for time in (t_next, *[t] * bool(self.process.gamma)))
+        return min(self.sde_scale * float(eps), noise**2 / (2 * abs(t_next - t)))
 
 
 # ---- Grids. Each maps u (n + 1,) in [0, 1] to times (n + 1,), from T_min at u = 0 to T_max at u = 1, all float64
@@ -340,7 +346,7 @@ def predictor_corrector(field, x, ts, noise=torch.randn_like, corrector_snr=0.16
     """
     for t, t_next in pairwise(ts[:-1]):
         x = euler_maruyama_step(field, x, t, t_next, noise)
-        step = 2 * (corrector_snr * field.process.at(t_next).sigma) ** 2
+        step = 2 * (corrector_snr * field.process.at(t_next).noise) ** 2
         x = x + step * field(x, t_next, "score") + (2 * step).sqrt() * noise(x)
     return euler(field, x, ts[-2:])
 
@@ -399,6 +405,13 @@ SDE_SAMPLERS = {
 SAMPLERS = ODE_SAMPLERS | SDE_SAMPLERS
 # The samplers that can start at a point, where sigma is 0 and xt says nothing about x0
 FROM_A_POINT = ("euler_maruyama", "stochastic_heun", "predictor_corrector")
+# The samplers that know no noise but x1, and so nothing of gamma
+WITHOUT_GAMMA = ("ddim", "dpmpp_2m", "ancestral", "edm_churn")
+
+
+def taken(x, rows, device):
+    """The `rows` of x (N, ...), from the start again beyond N, on `device`. None stays None."""
+    return x if x is None else x[torch.tensor(rows) % len(x)].to(device)
 
 
 def field_of(rows, shape, device, labels=None, cond=None, base="noise", **settings):
@@ -406,15 +419,17 @@ def field_of(rows, shape, device, labels=None, cond=None, base="noise", **settin
 
     `base` (a name in BASES) makes the mean of the base of cond. `settings` may hold the other arguments of `Field`.
     """
-    label, cond = (x if x is None else x[torch.tensor(rows) % len(x)].to(device) for x in (labels, cond))
+    label, cond = (taken(x, rows, device) for x in (labels, cond))
     return call_with_settings(Field, settings, label=label, cond=cond, m=look_up(BASES, base)(cond, shape))
 
 
 def draw(net, process, *, rows, shape, device, seed, sampler, sampling_steps, T_min, T_max,
-         grid="uniform", denoise=False, sampling_batch_size=None, **settings):
+         grid="uniform", denoise=False, sampling_batch_size=None, start=None, reverse=False, **settings):
     """Yields the samples `rows`, in order, as batches (B, *shape) in float32 on `device`, each with its network calls.
 
     `rows` is a range. xt starts at `T_max`, as the mean of the base plus sigma(T_max) times noise, and ends at `T_min`.
+    Of a source, the points `start` (N, ...) take the place of this noise. With `reverse` they are data, at `T_min`, and
+    the ODE leads from there to `T_max`.
     Sample i is a function of (seed, i), to rounding (dopri5: to its tolerance). It depends neither on
     `sampling_batch_size`, which is halved where memory does not suffice, nor on how the samples are shared among ranks.
 
@@ -428,7 +443,11 @@ def draw(net, process, *, rows, shape, device, seed, sampler, sampling_steps, T_
     """
     settings = {**settings, "process": process}
     ts, solve = make_grid(sampling_steps, T_min, T_max, grid, **settings), look_up(SAMPLERS, sampler)
-    c_end = process.at(T_min)
+    if reverse:
+        ts, denoise = ts[::-1], False
+        if sampler in SDE_SAMPLERS:
+            raise UserError(f"sampler {sampler} draws by the SDE, and only the ODE is reversed: use --sampler heun")
+    c_start, c_end = process.at(ts[0]), process.at(ts[-1])
     sampler_denoises = (denoise and grid in NOISE_LEVEL_GRIDS and "denoise" in parameters_of(solve)
                         and c_end.alpha * error_factor(c_end, settings["model_type"]) < MAX_ERROR_FACTOR)
 
@@ -436,8 +455,13 @@ def draw(net, process, *, rows, shape, device, seed, sampler, sampling_steps, T_
     def draw_batch(batch):
         noise = row_noise(batch, shape, device, seed, "sample")
         field = field_of(batch, shape, device, net=net, **settings)
-        x = call_with_settings(solve, {**settings, "noise": noise, "denoise": sampler_denoises}, field=field,
-                               x=process.at(T_max).sigma * noise(), ts=ts)
+        if start is None:
+            x = c_start.sigma * noise()
+        else:
+            x = taken(start, batch, device)
+            x = x + c_start.gamma * noise() if process.gamma else x
+        x = call_with_settings(solve, {**settings, "noise": noise, "denoise": sampler_denoises}, field=field, x=x,
+                               ts=ts)
         if denoise and not sampler_denoises:
             x = field(x, T_min, "x0")
         return x if denoise else x + c_end.shift * field.m, field.calls

@@ -32,11 +32,12 @@ class Batch(NamedTuple):
     """What a training step needs; `importance` is the weight of each loss in the mean, 1 without importance weights."""
 
     x0: Tensor  # (B, ...) data
-    x1: Tensor  # (B, ...) noise
+    x1: Tensor  # (B, ...) noise, or points of the source
     t: Tensor  # (B,)
     importance: Tensor  # (B,)
     label: Tensor | None  # (B,) int64
     cond: Tensor | None  # (B, ...) what the network sees of the condition
+    z: Tensor | None = None  # (B, ...) noise, where the process has a gamma
 
     def rows(self, rows):
         return Batch(*(None if x is None else x[rows.start : rows.stop] for x in self))
@@ -59,7 +60,8 @@ class DiffusionTrainer(Run):
         # The network as it is trained, wrapped; self.net stays plain, for checkpoints, EMA and sampling.
         self.ddp = self.forward = self.net
         self.time_sampler = make_time_sampler(config, self.process)
-        self.batches = call_with_settings(Batches, vars(config), dataset=dataset)
+        self.batches, self.source_batches = (
+            data and call_with_settings(Batches, vars(config), dataset=data) for data in (dataset, dataset.source))
         self.own_rows = share(config.batch_size)  # of the global batch
         self.folder = None  # of the run, once it is open
 
@@ -72,7 +74,9 @@ class DiffusionTrainer(Run):
         rows = range(config.batch_size) if coupling else self.own_rows
         rows_of = slice(rows.start, rows.stop)
         data, label, cond = self.batches(step, rows_of)
-        x0, cond = self.spec.encode(self.to_device(data)), self.to_device(cond)
+        x0, cond, x1 = self.spec.encode(self.to_device(data)), self.to_device(cond), None
+        if self.source_batches:
+            x1 = self.spec.encode(self.to_device(self.source_batches(step, rows_of)[0]))
         label = self.to_device(label) if config.class_conditional else None
         generator = torch.Generator(self.device).manual_seed(make_seed(config.seed, "step", step))
 
@@ -82,11 +86,13 @@ class DiffusionTrainer(Run):
         t = self.time_sampler(config.batch_size, self.device, generator)[rows_of]
         if self.spec.is_image and config.random_flip:
             flipped = append_dims(uniform() < 0.5, x0.ndim)
-            x0, cond = (torch.where(flipped, x.flip(-1), x) if x is not None and x.ndim == 4 else x for x in (x0, cond))
+            x0, x1, cond = (torch.where(flipped, x.flip(-1), x) if x is not None and x.ndim == 4 else x
+                            for x in (x0, x1, cond))
         cond = self.dataset.condition(x0, cond, uniform_rows(rows, self.device, config.seed, "corruption", step))
-        x1 = row_noise(rows, self.spec.shape, self.device, config.seed, "noise", step)()
+        x1, z = (row_noise(rows, self.spec.shape, self.device, config.seed, what, step)() if needed else x
+                 for what, x, needed in (("noise", x1, x1 is None), ("gamma", None, self.process.gamma)))
         if coupling:
-            x1 = x1[coupling(x0, x1, label)]
+            x1 = x1[call_with_settings(coupling, vars(config) | {"generator": generator}, x0=x0, x1=x1, label=label)]
         if config.class_conditional or config.cond_dropout:  # the same number: both are hidden together
             hidden = uniform()
         if config.class_conditional:
@@ -94,21 +100,27 @@ class DiffusionTrainer(Run):
         if config.cond_dropout:
             cond = cond * append_dims(hidden >= config.cond_dropout, cond.ndim)
         importance = self.time_sampler.importance(t) if config.importance_weights else torch.ones_like(t)
-        batch = Batch(x0, x1, t, importance, label, cond)
+        batch = Batch(x0, x1, t, importance, label, cond, z)
         return batch.rows(self.own_rows) if coupling else batch
 
     def loss(self, batch: Batch):
-        """The weighted squared error of each prediction, read as target_type, mean over pixels: (B,) float32."""
+        """The weighted squared error of each prediction, read as target_type, mean over pixels: (B,) float32.
+
+        With a gamma, plus the squared error of the predicted z (Albergo, Boffi & Vanden-Eijnden 2023, section 2).
+        """
         config = self.config
         c, m = self.process.coefs(batch.t, batch.x0.ndim), BASES[config.base](batch.cond, self.spec.shape)
-        z = c.alpha * batch.x0 + c.sigma * batch.x1  # xt without the part that is known
+        known = c.alpha * batch.x0 + c.sigma * batch.x1  # xt without m and z
+        noise = 0.0 if batch.z is None else c.gamma * batch.z
         with autocast(config, self.device):
-            out = self.forward(formatted(config, z + c.shift * m), batch.t, batch.label, batch.cond)
-        out = without_mean(out.float(), c, config.model_type, m)
-        prediction = convert(out, z, c, config.model_type, config.target_type)
+            out = self.forward(formatted(config, known + c.shift * m + noise), batch.t, batch.label, batch.cond)
+        out, *eta = out.float().split(self.spec.shape[0], dim=1)
+        out = without_mean(out, c, config.model_type, m)
+        prediction = convert(out, known, c, config.model_type, config.target_type)
         weight = loss_weight(c, **vars(config)).flatten()
         error = prediction - target(config.target_type, c, batch.x0, batch.x1)
-        return weight * error.square().flatten(1).mean(1)
+        loss = weight * error.square().flatten(1).mean(1)
+        return loss + (eta[0] - batch.z).square().flatten(1).mean(1) if eta else loss
 
     # ---- Training
 
