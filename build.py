@@ -17,9 +17,9 @@ from data_utils import load_dataset
 from distributed import all_or_none, gather_rows, print0, rank0_first, share
 from logging_utils import Progress
 from mlp import MLP, PlainMLP
-from prediction import Preconditioned, convert, loss_weight, target
+from prediction import GIVEN_SOURCE, Preconditioned, convert, loss_weight, target
 from processes import make_process
-from sampling import FROM_A_POINT, SDE_SAMPLERS, WITHOUT_GAMMA, Field, draw, make_grid
+from sampling import FROM_A_POINT, SDE_SAMPLERS, WITH_GAMMA, Field, draw, make_grid
 from time_samplers import TIME_SAMPLERS
 from unet import UNet
 from utils import UserError, call_with_settings, look_up, make_seed, parameters_of
@@ -104,7 +104,7 @@ def check_source(config, process):
     if max(abs(value) for value in (data.alpha - 1, data.sigma, base.alpha, base.sigma - 1)) > 0.1:
         raise UserError(f"process {config.process} does not lead from a source to the data, since its alpha and sigma "
                         "are not 1 and 0 at t = 0, and 0 and 1 at t = 1: use --process rf")
-    kinds = ["velocity", "x0", "v", "x1"][: 3 if process.gamma else 4]  # of x1, gamma_dot eta is lost near t = 1
+    kinds = GIVEN_SOURCE[: 3 if process.gamma else 4]  # from x1 and eta, x0 is not determined near t = 1
     for name in ("model_type", "target_type"):
         if vars(config)[name] not in kinds:
             raise UserError(f"{name} {vars(config)[name]} is not for a source: expected one of {', '.join(kinds)}")
@@ -114,7 +114,7 @@ def check_source(config, process):
 
 def check_sampler(config, process, sampler, name="sampler", fix="heun"):
     """Raises UserError if this sampler, the setting `name`, needs what coupling, source or process do not give."""
-    if process.gamma and sampler in WITHOUT_GAMMA:
+    if process.gamma and sampler not in WITH_GAMMA:
         raise UserError(f"{name} {sampler} knows nothing of the noise of gamma {config.gamma}: use --{name} "
                         f"{'stochastic_heun' if sampler in SDE_SAMPLERS else fix}")
     dependent = "source" if config.source != "noise" else "coupling" if config.coupling != "independent" else None

@@ -33,6 +33,9 @@ PREDICTIONS = {
 }
 
 
+GIVEN_SOURCE = ("velocity", "x0", "v", "x1")  # the kinds that hold for any x1, not for noise alone
+
+
 def row(kind, c: Coefs):
     """p and q of this kind at the coefficients `c`, tensors or numbers. Raises UserError for an unknown kind."""
     return look_up(PREDICTIONS, kind)(c)[:2]

@@ -190,12 +190,6 @@ class Run:
 
     # ---- Saving
 
-    @property
-    def items(self):
-        """The number of items; with a source, and of its points."""
-        source = self.dataset.source
-        return (len(self.dataset), len(source)) if source else len(self.dataset)
-
     def state(self):
         """Everything that a run needs to resume, in plain containers."""
         return {
@@ -203,7 +197,7 @@ class Run:
             "net": self.net.state_dict(),
             "ema": self.ema.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "items": self.items,
+            "items": len(self.dataset),
             "window": gather_rows(torch.cat(self.window)),
             "skipped": self.skipped,
             "config": vars(self.config),
@@ -230,7 +224,7 @@ class Run:
         """Resumes the run from a checkpoint."""
         state = saving.load(path)
         saving.check_data(path, vars(DataSpec(**state["data"])) | {"items": state["items"]},
-                          vars(self.spec) | {"items": self.items})
+                          vars(self.spec) | {"items": len(self.dataset)})
         saving.restore(self.net, state["net"], path)
         self.ema.net.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

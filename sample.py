@@ -26,13 +26,14 @@ from command_line import fail, optional_settings, parse, start
 from config import Config, NonNegativeInt, PositiveInt, Seed, problems
 from data_utils import Cases, DataSpec, cases, load_dataset
 from distributed import gather_rows, on_rank0, print0, rank0_first, set_up
-from logging_utils import coloured, image_grid, picture_of, save_picture
+from logging_utils import coloured, drawn, image_grid, new_figure, picture_of, save_picture
 from processes import PROCESSES
-from sampling import make_grid
+from sampling import field_of, make_grid
 from trainer import TRAINERS
 from utils import UserError, look_up, make_seed, parameters_of, row_noise, write_atomically
 
-FRAMES = 50  # most frames of a trajectory, before the samples themselves
+FRAMES, PATHS = 50, 30  # most frames of a trajectory, before the samples themselves, and paths of points in it
+TICKS = torch.linspace(-2.8, 2.8, 13)  # coordinates of the arrows in it
 
 
 @dataclass(kw_only=True)
@@ -155,7 +156,7 @@ def reversed_cases(test, given):
 
 
 def trajectory(run, given):
-    """Samples on their way, decoded, (F, num, ...): at up to FRAMES times of the grid, and then the samples.
+    """Samples on their way, decoded, (F, num, ...): at up to FRAMES times of the grid, and then the samples; and times.
 
     The state at a time is what the network gets in the call at the nearest time; of several calls at one time, in the
     last. So it suits any sampler. Where sigma is above 1, the state is divided by it: noise of standard deviation 80
@@ -171,27 +172,58 @@ def trajectory(run, given):
     recording.net = recorded
     samples, _ = recording.draw(given, compile=False, sampling_batch_size=given.num)
     states = states or {0.0: samples[:0]}  # of a rank that has no share
-    times = make_grid(**vars(run.config) | {"process": run.process})[:: -1 if given.reverse else 1][:-1]
+    *times, last = make_grid(**vars(run.config) | {"process": run.process})[:: -1 if given.reverse else 1]
     calls = [min(states, key=lambda call: abs(call - time)) for time in times[:: math.ceil(len(times) / FRAMES)]]
     frames = [*(gather_rows(states[call]) for call in calls), samples]
     if min(map(len, frames)) < given.num:
         raise UserError(f"too little memory to draw {given.num} samples of a trajectory at once: use a smaller --num")
-    return torch.stack(frames)
+    return torch.stack(frames), [*calls, last]
 
 
-def save_trajectory(states, spec, path):
-    """Writes the result of `trajectory` as an animated GIF, which pauses at its end.
+@torch.no_grad()
+def arrows(run, times, reverse):
+    """The directions of the ODE's paths at the points TICKS x TICKS, at the times of F frames: x and y, (2, F, 13, 13).
 
-    Images and fields come in a grid. Of points the first and the last coordinate are drawn, up to three standard
-    deviations. There are few colours, so that the file is small.
+    They are as long as the velocity where this is small, and at most 1.
+    """
+    y, x = torch.meshgrid(TICKS, TICKS, indexing="ij")
+    points = torch.stack([x.flatten(), y.flatten()], dim=1).to(run.device)
+    settings = vars(run.config) | {"net": run.net, "process": run.process, "device": run.device}
+    field = field_of(range(len(points)), run.spec.shape, **settings)
+    velocities = torch.stack([field(points, time, "velocity").cpu() for time in times])
+    shown = velocities / (1 + velocities.norm(dim=2, keepdim=True)) * (1 if reverse else -1)
+    return shown.movedim(2, 0).unflatten(2, x.shape)
+
+
+def frames_of(states, directions=None):
+    """Yields pictures of points (F, N, D), on the network's scale: their density, some paths until then, and `arrows`.
+
+    Of more than two coordinates the first and the last are drawn.
+    """
+    for k, state in enumerate(states):
+        figure = new_figure(3.2, 3.2)
+        axes = figure.subplots()
+        axes.hist2d(state[:, 0], state[:, -1], 100, range=2 * [[-3, 3]], cmap="Greys", vmax=8)
+        axes.plot(states[: k + 1, :PATHS, 0], states[: k + 1, :PATHS, -1], color="tab:red", linewidth=0.5)
+        if directions is not None:
+            axes.quiver(TICKS, TICKS, *directions[:, k], color="tab:blue", width=0.003, scale=15)
+        axes.axis("off")
+        axes.axis((-3, 3, -3, 3))
+        yield drawn(figure).convert("RGB").quantize(12)
+
+
+def save_trajectory(states, spec, path, directions=None):
+    """Writes the states of `trajectory` as an animated GIF, which pauses at its end.
+
+    Images and fields come in a grid. There are few colours, so that the file is small.
     """
     if spec.is_field:
         states = coloured(states.flatten(0, 1), states.numel()).unflatten(0, states.shape[:2])  # on one scale
-    elif not spec.is_image:
-        points = (states - torch.tensor(spec.mean)) / (3 * max(spec.std))
-        counts = [np.histogram2d(-state[:, -1], state[:, 0], 150, range=2 * [[-1, 1]])[0] for state in points]
-        states = (255 - 64 * torch.tensor(np.stack(counts))[:, None, None]).clamp(min=0).byte()
-    first, *others = [image_grid(state // 36 * 36, min(10, len(state)), width=320) for state in states]
+    if len(spec.shape) == 1:
+        pictures = frames_of(torch.stack([spec.encode(state) for state in states]), directions)
+    else:
+        pictures = (image_grid(state // 36 * 36, min(10, len(state)), width=320) for state in states)
+    first, *others = pictures
     save_picture(first, path, save_all=True, append_images=others, duration=[80] * len(others) + [2000], loop=0)
 
 
@@ -232,8 +264,9 @@ def main(arguments):
             on_rank0(write_atomically, f"{out}_source.npz", lambda file: np.savez(file, x1))
         if options.trajectory or options.rollout:
             first = given._replace(num=min(given.num, shown or 2000))
-            frames = states[: first.num].transpose(0, 1) if options.rollout else trajectory(run, first)
-            on_rank0(save_trajectory, frames, spec, f"{out}.gif")
+            frames, times = (states[: first.num].transpose(0, 1), ()) if options.rollout else trajectory(run, first)
+            plane = times and spec.shape == (2,) and given.labels is None and given.cond is None
+            on_rank0(save_trajectory, frames, spec, f"{out}.gif", arrows(run, times, given.reverse) if plane else None)
         print0(f"{given.num} samples of {options.weights} weights at step {run.state['step']}, by "
                f"{config.sampler}: {out}.npz and {out}.png")
 

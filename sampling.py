@@ -85,7 +85,7 @@ class Field:
         can_hide = self.label is not None or self.cond is not None and self.cond_dropout
         self.guided = self.guidance_scale != 1 and (self.guide or can_hide)
         end = self.process.at(1.0)
-        loses_x0 = end.sigma * error_factor(end, self.model_type) > MAX_ERROR_FACTOR
+        loses_x0 = not self.process.gamma and end.sigma * error_factor(end, self.model_type) > MAX_ERROR_FACTOR
         self.latest = self.process.time(torch.tensor(-2 * math.log(LATEST_RATIO))).item() if loses_x0 else math.inf
 
     def predict(self, x, time, guided_at):
@@ -405,8 +405,8 @@ SDE_SAMPLERS = {
 SAMPLERS = ODE_SAMPLERS | SDE_SAMPLERS
 # The samplers that can start at a point, where sigma is 0 and xt says nothing about x0
 FROM_A_POINT = ("euler_maruyama", "stochastic_heun", "predictor_corrector")
-# The samplers that know no noise but x1, and so nothing of gamma
-WITHOUT_GAMMA = ("ddim", "dpmpp_2m", "ancestral", "edm_churn")
+# The others know of no noise but x1, and so nothing of gamma
+WITH_GAMMA = ("euler", "heun", "midpoint", "rk4", "dopri5", *FROM_A_POINT)
 
 
 def taken(x, rows, device):

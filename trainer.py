@@ -89,8 +89,9 @@ class DiffusionTrainer(Run):
             x0, x1, cond = (torch.where(flipped, x.flip(-1), x) if x is not None and x.ndim == 4 else x
                             for x in (x0, x1, cond))
         cond = self.dataset.condition(x0, cond, uniform_rows(rows, self.device, config.seed, "corruption", step))
-        x1, z = (row_noise(rows, self.spec.shape, self.device, config.seed, what, step)() if needed else x
-                 for what, x, needed in (("noise", x1, x1 is None), ("gamma", None, self.process.gamma)))
+        noise = partial(row_noise, rows, self.spec.shape, self.device, config.seed)
+        x1 = noise("noise", step)() if x1 is None else x1
+        z = noise("gamma", step)() if self.process.gamma else None
         if coupling:
             x1 = x1[call_with_settings(coupling, vars(config) | {"generator": generator}, x0=x0, x1=x1, label=label)]
         if config.class_conditional or config.cond_dropout:  # the same number: both are hidden together
