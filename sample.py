@@ -32,8 +32,8 @@ from sampling import field_of, make_grid
 from trainer import TRAINERS
 from utils import UserError, look_up, make_seed, parameters_of, row_noise, write_atomically
 
-FRAMES, PATHS = 50, 30  # most frames of a trajectory, before the samples themselves, and paths of points in it
-TICKS = torch.linspace(-2.8, 2.8, 13)  # coordinates of the arrows in it
+FRAMES, PATHS = 50, 25  # most frames of a trajectory, before the samples themselves, and paths of points in it
+TICKS = torch.linspace(-2.8, 2.8, 11)  # coordinates of the arrows in it
 
 
 @dataclass(kw_only=True)
@@ -155,8 +155,14 @@ def reversed_cases(test, given):
 # ---- From noise to data
 
 
+def frame_times(run, given):
+    """The times of the frames of a trajectory: at most FRAMES of the grid, and its end."""
+    *times, last = make_grid(**vars(run.config) | {"process": run.process})[:: -1 if given.reverse else 1]
+    return [*times[:: math.ceil(len(times) / FRAMES)], last]
+
+
 def trajectory(run, given):
-    """Samples on their way, decoded, (F, num, ...): at up to FRAMES times of the grid, and then the samples; and times.
+    """Samples on their way, decoded, (F, num, ...): at up to FRAMES times of the grid, and then the samples.
 
     The state at a time is what the network gets in the call at the nearest time; of several calls at one time, in the
     last. So it suits any sampler. Where sigma is above 1, the state is divided by it: noise of standard deviation 80
@@ -172,26 +178,27 @@ def trajectory(run, given):
     recording.net = recorded
     samples, _ = recording.draw(given, compile=False, sampling_batch_size=given.num)
     states = states or {0.0: samples[:0]}  # of a rank that has no share
-    *times, last = make_grid(**vars(run.config) | {"process": run.process})[:: -1 if given.reverse else 1]
-    calls = [min(states, key=lambda call: abs(call - time)) for time in times[:: math.ceil(len(times) / FRAMES)]]
+    calls = [min(states, key=lambda call: abs(call - time)) for time in frame_times(run, given)[:-1]]
     frames = [*(gather_rows(states[call]) for call in calls), samples]
     if min(map(len, frames)) < given.num:
         raise UserError(f"too little memory to draw {given.num} samples of a trajectory at once: use a smaller --num")
-    return torch.stack(frames), [*calls, last]
+    return torch.stack(frames)
 
 
 @torch.no_grad()
-def arrows(run, times, reverse):
-    """The directions of the ODE's paths at the points TICKS x TICKS, at the times of F frames: x and y, (2, F, 13, 13).
+def arrows(run, given):
+    """The directions of the ODE's paths at the points TICKS x TICKS, at the times of F frames: x and y, (2, F, 11, 11).
 
-    They are as long as the velocity where this is small, and at most 1.
+    They are as long as the velocity where this is small, and at most 1. None if they depend on more than the point.
     """
+    if run.spec.shape != (2,) or given.labels is not None or given.cond is not None:
+        return
     y, x = torch.meshgrid(TICKS, TICKS, indexing="ij")
     points = torch.stack([x.flatten(), y.flatten()], dim=1).to(run.device)
     settings = vars(run.config) | {"net": run.net, "process": run.process, "device": run.device}
     field = field_of(range(len(points)), run.spec.shape, **settings)
-    velocities = torch.stack([field(points, time, "velocity").cpu() for time in times])
-    shown = velocities / (1 + velocities.norm(dim=2, keepdim=True)) * (1 if reverse else -1)
+    velocities = torch.stack([field(points, time, "velocity").cpu() for time in frame_times(run, given)])
+    shown = velocities / (1 + velocities.norm(dim=2, keepdim=True)) * (1 if given.reverse else -1)
     return shown.movedim(2, 0).unflatten(2, x.shape)
 
 
@@ -201,12 +208,12 @@ def frames_of(states, directions=None):
     Of more than two coordinates the first and the last are drawn.
     """
     for k, state in enumerate(states):
-        figure = new_figure(3.2, 3.2)
+        figure = new_figure(3, 3)
         axes = figure.subplots()
-        axes.hist2d(state[:, 0], state[:, -1], 100, range=2 * [[-3, 3]], cmap="Greys", vmax=8)
+        axes.hist2d(state[:, 0], state[:, -1], 80, range=2 * [[-3, 3]], cmap="Greys", vmax=8)
         axes.plot(states[: k + 1, :PATHS, 0], states[: k + 1, :PATHS, -1], color="tab:red", linewidth=0.5)
         if directions is not None:
-            axes.quiver(TICKS, TICKS, *directions[:, k], color="tab:blue", width=0.003, scale=15)
+            axes.quiver(TICKS, TICKS, *directions[:, k], color="tab:blue", width=0.004, scale=14)
         axes.axis("off")
         axes.axis((-3, 3, -3, 3))
         yield drawn(figure).convert("RGB").quantize(12)
@@ -264,9 +271,8 @@ def main(arguments):
             on_rank0(write_atomically, f"{out}_source.npz", lambda file: np.savez(file, x1))
         if options.trajectory or options.rollout:
             first = given._replace(num=min(given.num, shown or 2000))
-            frames, times = (states[: first.num].transpose(0, 1), ()) if options.rollout else trajectory(run, first)
-            plane = times and spec.shape == (2,) and given.labels is None and given.cond is None
-            on_rank0(save_trajectory, frames, spec, f"{out}.gif", arrows(run, times, given.reverse) if plane else None)
+            frames = states[: first.num].transpose(0, 1) if options.rollout else trajectory(run, first)
+            on_rank0(save_trajectory, frames, spec, f"{out}.gif", None if options.rollout else arrows(run, first))
         print0(f"{given.num} samples of {options.weights} weights at step {run.state['step']}, by "
                f"{config.sampler}: {out}.npz and {out}.png")
 
