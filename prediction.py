@@ -33,7 +33,7 @@ PREDICTIONS = {
 }
 
 
-GIVEN_SOURCE = ("velocity", "x0", "v", "x1")  # the kinds that hold for any x1, not for noise alone
+GIVEN_SOURCE = ("velocity", "x0", "v")  # the kinds that a network can learn if x1 is no noise
 
 
 def row(kind, c: Coefs):

@@ -124,6 +124,8 @@ class Loaded:
 
 def conditions_of(path, run):
     """Conditions in a file, each for `samples_per_cond` samples. Raises UserError if they are not such as the run's."""
+    if run.config.source != "noise":
+        raise UserError(f"cond {path} comes without points of the source: leave it out, to draw for test items")
     data = rank0_first(lambda first: load_dataset(path, channels=run.config.channels if run.config.lag else ()))
     shape, times = run.spec.cond_shape, run.config.samples_per_cond
     if data.spec.shape != shape:
@@ -191,7 +193,7 @@ def arrows(run, given):
 
     They are as long as the velocity where this is small, and at most 1. None if they depend on more than the point.
     """
-    if run.spec.shape != (2,) or given.labels is not None or given.cond is not None:
+    if run.spec.shape != (2,) or run.config.class_conditional or given.cond is not None:
         return
     y, x = torch.meshgrid(TICKS, TICKS, indexing="ij")
     points = torch.stack([x.flatten(), y.flatten()], dim=1).to(run.device)
@@ -249,6 +251,10 @@ def main(arguments):
         if unknown := set(options.labels).difference(classes):
             raise UserError(f"labels {unknown} are unknown: the network takes "
                             f"{f'0 to {classes[-1]}' if classes else 'none'}")
+        if options.reverse and config.source == "noise":
+            raise UserError("reverse leads to the source, and this run has none: train one with --source")
+        if options.pairs and (spec.cond_shape or options.reverse):
+            raise UserError("pairs are those of samples without a condition: leave --pairs out, or --reverse")
         if options.cond:
             given = conditions_of(options.cond, run)
         elif spec.cond_shape or config.source != "noise":

@@ -85,7 +85,7 @@ class Field:
         can_hide = self.label is not None or self.cond is not None and self.cond_dropout
         self.guided = self.guidance_scale != 1 and (self.guide or can_hide)
         end = self.process.at(1.0)
-        loses_x0 = not self.process.gamma and end.sigma * error_factor(end, self.model_type) > MAX_ERROR_FACTOR
+        loses_x0 = end.sigma * error_factor(end, self.model_type) > MAX_ERROR_FACTOR
         self.latest = self.process.time(torch.tensor(-2 * math.log(LATEST_RATIO))).item() if loses_x0 else math.inf
 
     def predict(self, x, time, guided_at):
