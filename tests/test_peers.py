@@ -1,6 +1,6 @@
 """Agreement with independent implementations, each skipped where it is not installed. To have them all:
 
-    pip install flow_matching==1.0.10 diffusers==0.42.1 pot==0.9.7.post1 && pip install --no-deps torchcfm==1.0.7
+    pip install flow_matching==1.0.10 diffusers==0.42.1 && pip install --no-deps torchcfm==1.0.7
 """
 
 import math

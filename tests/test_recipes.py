@@ -162,14 +162,17 @@ TINY = ("--num_training_steps 4 --warmup_steps 2 --model_channels 8 --num_res_bl
         "--sampling_steps 2 --evaluate_every 4 --evaluation_samples 24 --save_every 0 --sample_every 0").split()
 
 
-@pytest.mark.parametrize("recipe", CONDITIONS[:3], ids=lambda text: text.splitlines()[0])
+@pytest.mark.parametrize("recipe", CONDITIONS[:4], ids=lambda text: text.splitlines()[0])
 def test_commands_of_a_recipe(recipe, tmp_path):
     """Every command of it, in its order, with small data and a small network."""
     program, folder = SMALL, tmp_path / "DIR"
     folder.mkdir()
     for i in range(4):
         np.save(folder / f"run_{i}.npy", np.random.default_rng(i).normal(size=(5, 3, 16, 16)).astype(np.float32))
-    for line in re.search(r"```sh\n(.*?)```", recipe, re.S)[1].splitlines():
+    for suffix, n in (("", 1500), ("_test", 297)):  # a partner for each of the digits
+        np.savez(tmp_path / f"FILE{suffix}.npz", np.random.default_rng(0).integers(256, size=(n, 8, 8), dtype=np.uint8))
+    lines = "".join(re.findall(r"```sh\n(.*?)```", recipe, re.S)).splitlines()
+    for line in lines:
         words = shlex.split(line, comments=True)
         if words[0] == "sh":
             program += f"main.main({words[2:] + TINY})\n"
@@ -177,8 +180,11 @@ def test_commands_of_a_recipe(recipe, tmp_path):
             program += f"sample.main({words[2:] + ['--num', '8', '--sampling_steps', '2']})\n"
         else:
             program += f"evaluate.main({words[2:] + ['--num', '80', '--seeds', '1', '--likelihood_num', '2']})\n"
+    assert len(lines) >= 2
     result = run("python", "-c", program, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stderr
+    for name in re.findall(r"# (\w+\.gif)", recipe):
+        assert (tmp_path / name).exists(), name
 
 
 # ---- What else the documents say
