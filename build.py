@@ -104,12 +104,10 @@ def check_source(config, process):
     if max(abs(value) for value in (data.alpha - 1, data.sigma, base.alpha, base.sigma - 1)) > 0.1:
         raise UserError(f"process {config.process} does not lead from a source to the data, since its alpha and sigma "
                         "are not 1 and 0 at t = 0, and 0 and 1 at t = 1: use --process rf")
-    for name in ("model_type", "target_type"):
-        if vars(config)[name] not in GIVEN_SOURCE:
-            raise UserError(f"{name} {vars(config)[name]} is for noise alone: with a source expected one of "
-                            f"{', '.join(GIVEN_SOURCE)}")
-    if config.precondition:
-        raise UserError("precondition is for noise at t = 1: use --precondition False, or --source noise")
+    expected = {"model_type": GIVEN_SOURCE, "target_type": GIVEN_SOURCE, "precondition": [False]}
+    for name, values in expected.items():
+        if (value := vars(config)[name]) not in values:
+            raise UserError(f"{name} {value} is for noise alone: with a source expected {', '.join(map(str, values))}")
 
 
 def check_sampler(config, process, sampler, name="sampler", fix="heun"):

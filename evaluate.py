@@ -13,6 +13,7 @@ such a function and add it there. All ranks call it, each takes its share of the
 random is a function of the seed and of the item's number, so the number of ranks changes nothing but rounding.
 """
 
+import copy
 import json
 import math
 import os
@@ -20,7 +21,6 @@ import shlex
 import statistics
 import subprocess
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Annotated, Literal
 
 import numpy as np
@@ -45,8 +45,8 @@ from logging_utils import (
 )
 from metrics import EXTRACTORS, LEAST, Evaluator, content, nearest, root_mean_square, spectrum, wasserstein
 from processes import first_channels
-from sample import Drawing, Loaded
-from sampling import SAMPLERS, field_of, make_grid, taken
+from sample import Drawing, Loaded, frame_times, trajectory
+from sampling import SAMPLERS
 from saving import digest
 from trainer import TRAINERS
 from utils import UserError, look_up, parameters_of, write_atomically
@@ -99,7 +99,6 @@ class Evaluation(Loaded):
         self.source = self.data.get("test", train) if spec.cond_shape or train.source else train
         self.given = cases(self.source, options.num, config.samples_per_cond, config.class_conditional)
         options.num, times = self.given.num, self.given.times
-        self.x1 = self.starts(self.given)
         if options.num < LEAST * times:
             raise UserError(f"{options.num} samples are those of {options.num // times} conditions: expected {LEAST} "
                             f"or more; use --num {LEAST * times}, or fewer --samples_per_cond")
@@ -208,24 +207,19 @@ def real_data(e):
 
 
 def path_energy(e):
-    """Of points: E int |velocity|^2 dt along the ODE by Euler's method, beside the least, W2^2 of its ends' data.
+    """Of points from a source: E int |velocity|^2 dt along the ODE, by Euler's method, beside the least, W2^2.
 
-    Normalised, it is energy / W2^2 - 1 (Tong et al. 2023, section 6). All are in the data's own units.
+    W2 is that of the source's points and the data; normalised is energy / W2^2 - 1 (Tong et al. 2023, section 6). All
+    are in the data's own units.
     """
-    given, spec = e.given, e.spec
-    if len(spec.shape) > 1 or given.cond is not None or e.config.trainer == "regression":
+    if e.given.start is None or len(e.spec.shape) > 1:
         return
-    rows, energy = share(given.num), 0.0
-    x = taken(e.x1, rows, e.device)
-    settings = vars(e.config) | dict(net=e.net, process=e.process, labels=given.labels, device=e.device)
-    field, least = field_of(rows, spec.shape, **settings), wasserstein(
-        spec.decode(e.x1), e.random_items(e.source, given.num).truth) ** 2
-    for t, t_next in pairwise(make_grid(**settings)):
-        with torch.no_grad():
-            velocity = field(x, t, "velocity")
-        x = x + (t_next - t) * velocity
-        energy = energy + (t - t_next) * (velocity.cpu() * torch.tensor(spec.std)).square().sum(1)
-    energy = gather_rows(energy).mean().item()
+    run = copy.copy(e)
+    run.config = replace(e.config, sampler="euler")
+    steps, lengths = trajectory(run, e.given).diff(dim=0), -torch.tensor(frame_times(run, e.given)).diff()
+    start, data = e.spec.unscaled(e.given.start), e.random_items(e.source, e.given.num).truth
+    energy = (steps.square().sum(2).mean(1) / lengths).sum().item()
+    least = wasserstein(start, data) ** 2
     e.card["paths"] = found = {"path_energy": energy, "least": least, "normalised": energy / least - 1}
     print0(f"paths       {in_words(found)}")
 

@@ -115,13 +115,6 @@ class Loaded:
             config, self.spec, self.process, self.net, self.device, cases, config.sampler, self.guide)
 
 
-    def starts(self, cases):
-        """The x1 of all samples: the source's points, or the noise, of the first seed, that `draw` starts from."""
-        if cases.start is not None:
-            return cases.start
-        return row_noise(range(cases.num), self.spec.shape, self.device, self.options.seed, "sample")().cpu()
-
-
 def conditions_of(path, run):
     """Conditions in a file, each for `samples_per_cond` samples. Raises UserError if they are not such as the run's."""
     if run.config.source != "noise":
@@ -273,7 +266,8 @@ def main(arguments):
         shown = 100 if len(spec.shape) == 3 else None
         on_rank0(lambda: save_picture(picture_of(samples[:shown], cases=given, spec=spec), f"{out}.png"))
         if options.pairs:
-            x1 = spec.unscaled(run.starts(given))
+            noise = row_noise(range(given.num), spec.shape, device, options.seed, "sample")  # as `draw` has it
+            x1 = spec.unscaled(noise().cpu() if given.start is None else given.start)
             on_rank0(write_atomically, f"{out}_source.npz", lambda file: np.savez(file, x1))
         if options.trajectory or options.rollout:
             first = given._replace(num=min(given.num, shown or 2000))

@@ -16,13 +16,13 @@ from scipy.optimize import linear_sum_assignment
 import evaluate
 import sample
 from build import check_settings
-from check import likelihood_error, mixture, sde_error, two_sided_error
+from check import likelihood_error, mixture, sde_error, worst
 from command_line import read_config
 from config import PRESETS, Config, problems
 from couplings import COUPLINGS
 from data_utils import load_dataset
 from metrics import wasserstein
-from prediction import GIVEN_SOURCE
+from prediction import GIVEN_SOURCE, convert_noisy
 from processes import GAMMAS, AroundMean, Bridge, make_process
 from sampling import SAMPLERS, WITH_GAMMA, Field, dopri5, draw, make_grid
 from trainer import DiffusionTrainer
@@ -55,6 +55,19 @@ def test_gamma_is_zero_at_the_ends_and_its_derivative_is_right(name):
     torch.testing.assert_close(process.coefs(t).gamma_dot, slope, rtol=1e-5, atol=1e-8)
     exact = {"brownian": (2 * t * (1 - t)) ** 0.5, "bsquared": t * (1 - t), "sin_squared": (math.pi * t).sin() ** 2}
     torch.testing.assert_close(process.coefs(t).noise, 0.7 * exact[name])
+
+
+def two_sided_error(process):
+    """With a gamma: each prediction about x0 and x1 as every other, as velocity and as score, float64, relative.
+
+    The exact score is the gradient of the log-density.
+    """
+    t, x, kinds = torch.linspace(0.02, 0.98, 64, dtype=torch.float64), torch.randn(64, 2).double(), GIVEN_SOURCE
+    c, log_p = process.coefs(t, 2), mixture(process).log_prob(x.requires_grad_(), t)
+    y = {kind: mixture(process, kind)(x, t).chunk(2, dim=1) for kind in kinds}
+    eta, exact = y["x0"][1], {kind: y[kind][0] for kind in kinds} | {"score": torch.autograd.grad(log_p.sum(), x)[0]}
+    exact["velocity"] = exact["velocity"] + c.gamma_dot * eta
+    return worst((convert_noisy(*y[kind], x, c, kind, to), exact[to]) for kind in kinds for to in exact)
 
 
 @pytest.mark.parametrize("gamma", list(GAMMAS))
@@ -397,10 +410,10 @@ def test_contradictions(changes, words):
     (dict(process="edm"), "process edm does not lead from a source"),
     (dict(process="foellmer"), "process foellmer does not lead from a source"),
     (dict(process="foellmer", gamma="brownian"), "process foellmer has noise of its own: use --gamma None"),
-    (dict(model_type="score"), "model_type score is for noise alone: with a source expected one of velocity, x0, v$"),
+    (dict(model_type="score"), "model_type score is for noise alone: with a source expected velocity, x0, v$"),
     (dict(target_type="drift"), "target_type drift is for noise alone"),
     (dict(model_type="x1", target_type="x0"), "model_type x1 is for noise alone"),
-    (dict(precondition=True), "precondition is for noise at t = 1"),
+    (dict(precondition=True), "precondition True is for noise alone: with a source expected False"),
     (dict(sde_sampler="euler_maruyama"), "sde_sampler euler_maruyama needs the score, which source moons.*"
                                          "--sde_sampler None, or train with a --source and --gamma brownian"),
     (dict(gamma="brownian", sampler="ddim"), "sampler ddim knows nothing of the noise of gamma brownian: use.* heun"),
