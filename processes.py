@@ -421,14 +421,12 @@ def make_process(process, sigma_data=0.5, base="noise", base_std=1.0, gamma=None
     the base. Raises UserError for an unknown name, and for settings that the process refuses.
     """
     made = call_with_settings(look_up(PROCESSES, process), settings)
-    if gamma:
-        shape = look_up(GAMMAS, gamma)
+    if gamma and made.shift:
+        raise UserError(f"process {process} has noise of its own: use --gamma None, or --process rf")
 
-        def noise(t):
-            return gamma_scale * shape(t)
+    def noise(t):
+        return gamma_scale * GAMMAS[gamma](t)
 
-        if made.shift:
-            raise UserError(f"process {process} has noise of its own: use --gamma None, or --process rf")
     if base == "condition" and not made.shift:
         if made.at(1.0).alpha > 0.1:
             raise UserError(f"process {process} keeps the data at t = 1, and does not reach the base condition: use a "

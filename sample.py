@@ -33,7 +33,7 @@ from trainer import TRAINERS
 from utils import UserError, look_up, make_seed, parameters_of, row_noise, write_atomically
 
 FRAMES, PATHS = 50, 25  # most frames of a trajectory, before the samples themselves, and paths of points in it
-TICKS = torch.linspace(-2.8, 2.8, 11)  # coordinates of the arrows in it
+GRID = torch.cartesian_prod(*2 * [torch.linspace(-2.8, 2.8, 11)])  # the points (121, 2) of its arrows
 
 
 @dataclass(kw_only=True)
@@ -182,19 +182,16 @@ def trajectory(run, given):
 
 @torch.no_grad()
 def arrows(run, given):
-    """The directions of the ODE's paths at the points TICKS x TICKS, at the times of F frames: x and y, (2, F, 11, 11).
+    """The directions of the ODE's paths at the points of GRID, at the times of F frames, (F, 121, 2).
 
     They are as long as the velocity where this is small, and at most 1. None if they depend on more than the point.
     """
     if run.spec.shape != (2,) or run.config.class_conditional or given.cond is not None:
         return
-    y, x = torch.meshgrid(TICKS, TICKS, indexing="ij")
-    points = torch.stack([x.flatten(), y.flatten()], dim=1).to(run.device)
     settings = vars(run.config) | {"net": run.net, "process": run.process, "device": run.device}
-    field = field_of(range(len(points)), run.spec.shape, **settings)
+    field, points = field_of(range(len(GRID)), run.spec.shape, **settings), GRID.to(run.device)
     velocities = torch.stack([field(points, time, "velocity").cpu() for time in frame_times(run, given)])
-    shown = velocities / (1 + velocities.norm(dim=2, keepdim=True)) * (1 if given.reverse else -1)
-    return shown.movedim(2, 0).unflatten(2, x.shape)
+    return velocities / (1 + velocities.norm(dim=2, keepdim=True)) * (1 if given.reverse else -1)
 
 
 def frames_of(states, directions=None):
@@ -208,7 +205,7 @@ def frames_of(states, directions=None):
         axes.hist2d(state[:, 0], state[:, -1], 80, range=2 * [[-3, 3]], cmap="Greys", vmax=8)
         axes.plot(states[: k + 1, :PATHS, 0], states[: k + 1, :PATHS, -1], color="tab:red", linewidth=0.5)
         if directions is not None:
-            axes.quiver(TICKS, TICKS, *directions[:, k], color="tab:blue", width=0.004, scale=14)
+            axes.quiver(*GRID.T, *directions[k].T, color="tab:blue", width=0.004, scale=14)
         axes.axis("off")
         axes.axis((-3, 3, -3, 3))
         yield drawn(figure).convert("RGB").quantize(12)
@@ -222,10 +219,9 @@ def save_trajectory(states, spec, path, directions=None):
     if spec.is_field:
         states = coloured(states.flatten(0, 1), states.numel()).unflatten(0, states.shape[:2])  # on one scale
     if len(spec.shape) == 1:
-        pictures = frames_of(torch.stack([spec.encode(state) for state in states]), directions)
+        first, *others = frames_of(spec.encode(states.flatten(0, 1)).reshape(states.shape), directions)
     else:
-        pictures = (image_grid(state // 36 * 36, min(10, len(state)), width=320) for state in states)
-    first, *others = pictures
+        first, *others = [image_grid(state // 36 * 36, min(10, len(state)), width=320) for state in states]
     save_picture(first, path, save_all=True, append_images=others, duration=[80] * len(others) + [2000], loop=0)
 
 

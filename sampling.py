@@ -455,11 +455,9 @@ def draw(net, process, *, rows, shape, device, seed, sampler, sampling_steps, T_
     def draw_batch(batch):
         noise = row_noise(batch, shape, device, seed, "sample")
         field = field_of(batch, shape, device, net=net, **settings)
-        if start is None:
-            x = c_start.sigma * noise()
-        else:
-            x = taken(start, batch, device)
-            x = x + c_start.gamma * noise() if process.gamma else x
+        x = c_start.sigma * noise() if start is None else taken(start, batch, device)
+        if process.gamma:
+            x = x + c_start.gamma * noise()
         x = call_with_settings(solve, {**settings, "noise": noise, "denoise": sampler_denoises}, field=field, x=x,
                                ts=ts)
         if denoise and not sampler_denoises:
