@@ -73,7 +73,7 @@ def check_settings(config):
     if config.sde_sampler:
         check_sampler(config, process, config.sde_sampler, "sde_sampler", "None")
     one, model_type, target_type = torch.ones(1, 1), config.model_type, config.target_type
-    field = Field(lambda x, t, label, cond: torch.ones(1, 2 if process.gamma else 1), process, model_type)
+    field = Field(lambda x, t, label, cond: torch.ones(1, 2), process, model_type)
     for name, fix in (("T_min", "1e-4"), ("T_max", "0.9999")):
         end = settings[name]
         t = torch.tensor([end])
@@ -90,8 +90,7 @@ def check_settings(config):
         if config.importance_weights:  # may be infinite at an end that is never drawn, as for logit_normal
             values[f"the importance weight of {config.time_sampler}"] = time_sampler.importance(t).clamp(max=1)
         if name == "T_max":  # no sampler needs the score at T_min: the last step is the ODE's
-            if config.source == "noise" or process.gamma:
-                values[f"the score from a network that predicts {model_type}"] = field(2 * one, end, "score")
+            values[f"the score from a network that predicts {model_type}"] = field(2 * one, end, "score")
         for what, value in values.items():
             if not value.isfinite().all():
                 raise UserError(f"{name} {end}: {what} is not finite there; use --{name} {fix}")

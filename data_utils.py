@@ -422,8 +422,8 @@ DATASETS = {
     "eight_gaussians_wide": functools.partial(eight_gaussians, num=10_000, radius=5, std=1.0),
     "s_curve": s_curve,
     "normal": normal,
-    "moons_far": functools.partial(  # of mean 0 and a standard deviation of 7, of both coordinates together
-        moons, num=10_000, noise=0.1, change=lambda x: 7 * (x - x.mean(0)) / (x - x.mean(0)).std()),
+    # of mean 0, and both coordinates together of standard deviation 7
+    "moons_far": functools.partial(moons, num=10_000, noise=0.1, change=lambda x: 9.83 * (x - [0.5, 0.25])),
     "eight_gaussians_far": functools.partial(eight_gaussians, num=10_000, radius=12, std=1.5),
     "navier_stokes": navier_stokes,
 }
@@ -474,12 +474,9 @@ def load_dataset(name, data_dir="data", image_size=32, download=False, split="tr
         spec.cond_std = ((spec.std * C)[:C] + [1.0])[: shape[0]]
     if source != "noise":
         dataset.source = there = load_dataset(source, data_dir, image_size, download, split, channels)
-        if there.spec.shape != spec.shape:
-            raise UserError(f"source {source} has items of shape {there.spec.shape}, and {name} of {spec.shape}: "
-                            "expected the same")
-        if coupling == "given" and len(there) != len(dataset):
-            raise UserError(f"coupling given pairs item with item, but source {source} has {len(there)}, and {name} "
-                            f"{len(dataset)}: expected as many, or use --coupling independent")
+        if there.spec.shape != spec.shape or coupling == "given" and len(there) != len(dataset):
+            raise UserError(f"source {source} has {len(there)} items of shape {there.spec.shape}, and {name} has "
+                            f"{len(dataset)} of {spec.shape}: expected one shape, and with --coupling given as many")
         there.name = dataset.name if coupling == "given" else f"source {there.name}"
     return dataset
 

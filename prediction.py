@@ -69,13 +69,16 @@ def convert(y, z, c: Coefs, kind, to):
     return (z_factor * z + y_factor * y) / (c.alpha * q - c.sigma * p)
 
 
-def convert_noisy(y, eta, xt, c: Coefs, kind, to):
-    """As `convert`, for xt = alpha x0 + sigma x1 + gamma z, where eta (B, ...) = E[z | xt] is predicted too.
+def convert_output(out, xt, c: Coefs, kind, to):
+    """Converts a network's whole output, also where xt = alpha x0 + sigma x1 + gamma z, to the kind `to`.
 
-    The prediction `y` is about x0 and x1, with xt - gamma eta in the place of z above. The score is -eta / gamma, and
-    the velocity has a term gamma_dot eta (Albergo, Boffi & Vanden-Eijnden 2023, "Stochastic Interpolants: A Unifying
-    Framework for Flows and Diffusions", section 2).
+    With a gamma, `out` (B, 2C, ...) is a prediction y about x0 and x1, with xt - gamma eta in the place of z above, and
+    eta = E[z | xt]. The score is -eta / gamma, and the velocity has a term gamma_dot eta (Albergo, Boffi &
+    Vanden-Eijnden 2023, "Stochastic Interpolants: A Unifying Framework for Flows and Diffusions", section 2).
     """
+    if c.gamma is None:
+        return convert(out, xt, c, kind, to)
+    y, eta = out.chunk(2, dim=1)
     if to == "score":
         return -eta / c.gamma
     y = convert(y, xt - c.gamma * eta, c, kind, to)

@@ -27,8 +27,8 @@ from config import Config, NonNegativeInt, PositiveInt, Seed, problems
 from data_utils import Cases, DataSpec, cases, load_dataset
 from distributed import gather_rows, on_rank0, print0, rank0_first, set_up
 from logging_utils import coloured, drawn, image_grid, new_figure, picture_of, save_picture
-from processes import PROCESSES
-from sampling import field_of, make_grid
+from processes import PROCESSES, make_process
+from sampling import SDE_SAMPLERS, field_of, make_grid
 from trainer import TRAINERS
 from utils import UserError, look_up, make_seed, parameters_of, row_noise, write_atomically
 
@@ -78,8 +78,7 @@ def load_net(path, weights, device):
 def load_guide(path, config, spec, device):
     """The averaged network at `path`, for autoguidance. Raises UserError if its data, process or prediction differ."""
     _, guide, guide_spec, _, net = load_net(path, "ema", device)
-    shared = {"model_type", "process", "base", "base_std", "gamma", "gamma_scale", "sigma_data"}
-    shared |= parameters_of(PROCESSES[config.process])
+    shared = {"model_type"} | parameters_of(make_process) | parameters_of(PROCESSES[config.process])
     different = [name for name in vars(config) if name in shared and getattr(guide, name) != getattr(config, name)]
     if guide_spec != spec or different:
         raise UserError(f"guide {path} differs in {', '.join(different) or 'its data'}: expected a run with the same "
@@ -207,7 +206,6 @@ def frames_of(states, directions=None):
         if directions is not None:
             axes.quiver(*GRID.T, *directions[k].T, color="tab:blue", width=0.004, scale=14)
         axes.axis("off")
-        axes.axis((-3, 3, -3, 3))
         yield drawn(figure).convert("RGB").quantize(12)
 
 
@@ -240,8 +238,8 @@ def main(arguments):
         if unknown := set(options.labels).difference(classes):
             raise UserError(f"labels {unknown} are unknown: the network takes "
                             f"{f'0 to {classes[-1]}' if classes else 'none'}")
-        if options.reverse and config.source == "noise":
-            raise UserError("reverse leads to the source, and this run has none: train one with --source")
+        if options.reverse and (config.source == "noise" or config.sampler in SDE_SAMPLERS):
+            raise UserError("reverse leads to the source by the ODE: it needs a run with a source, and --sampler heun")
         if options.pairs and (spec.cond_shape or options.reverse):
             raise UserError("pairs are those of samples without a condition: leave --pairs out, or --reverse")
         if options.cond:

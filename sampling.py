@@ -23,7 +23,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from prediction import convert, convert_noisy, error_factor, without_mean
+from prediction import convert, convert_output, error_factor, without_mean
 from processes import BASES, Process
 from utils import UserError, call_with_settings, in_batches, look_up, parameters_of, row_noise
 
@@ -115,11 +115,7 @@ class Field:
             out_kind, c_latest = "x0", self.process.at(self.latest)
             scaled = c_latest.sigma / c.sigma * x
             out = convert(self.predict(scaled, self.latest, time), scaled, c_latest, self.model_type, out_kind)
-        if c.gamma is None:
-            converted = [convert(out, x, c, out_kind, kind) for kind in kinds]
-        else:
-            y, eta = out.chunk(2, dim=1)
-            converted = [convert_noisy(y, eta, x, c, out_kind, kind) for kind in kinds]
+        converted = [convert_output(out, x, c, out_kind, kind) for kind in kinds]
         return converted[0] if len(kinds) == 1 else converted
 
     def drift(self, x, time, eps):
@@ -445,8 +441,6 @@ def draw(net, process, *, rows, shape, device, seed, sampler, sampling_steps, T_
     ts, solve = make_grid(sampling_steps, T_min, T_max, grid, **settings), look_up(SAMPLERS, sampler)
     if reverse:
         ts, denoise = ts[::-1], False
-        if sampler in SDE_SAMPLERS:
-            raise UserError(f"sampler {sampler} draws by the SDE, and only the ODE is reversed: use --sampler heun")
     c_start, c_end = process.at(ts[0]), process.at(ts[-1])
     sampler_denoises = (denoise and grid in NOISE_LEVEL_GRIDS and "denoise" in parameters_of(solve)
                         and c_end.alpha * error_factor(c_end, settings["model_type"]) < MAX_ERROR_FACTOR)

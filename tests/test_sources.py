@@ -22,7 +22,7 @@ from config import PRESETS, Config, problems
 from couplings import COUPLINGS
 from data_utils import load_dataset
 from metrics import wasserstein
-from prediction import GIVEN_SOURCE, convert_noisy
+from prediction import GIVEN_SOURCE, convert_output
 from processes import GAMMAS, AroundMean, Bridge, make_process
 from sampling import SAMPLERS, WITH_GAMMA, Field, dopri5, draw, make_grid
 from trainer import DiffusionTrainer
@@ -64,10 +64,11 @@ def two_sided_error(process):
     """
     t, x, kinds = torch.linspace(0.02, 0.98, 64, dtype=torch.float64), torch.randn(64, 2).double(), GIVEN_SOURCE
     c, log_p = process.coefs(t, 2), mixture(process).log_prob(x.requires_grad_(), t)
-    y = {kind: mixture(process, kind)(x, t).chunk(2, dim=1) for kind in kinds}
-    eta, exact = y["x0"][1], {kind: y[kind][0] for kind in kinds} | {"score": torch.autograd.grad(log_p.sum(), x)[0]}
+    y = {kind: mixture(process, kind)(x, t) for kind in kinds}
+    eta, exact = y["x0"][:, 2:], {kind: y[kind][:, :2] for kind in kinds}
+    exact["score"] = torch.autograd.grad(log_p.sum(), x)[0]
     exact["velocity"] = exact["velocity"] + c.gamma_dot * eta
-    return worst((convert_noisy(*y[kind], x, c, kind, to), exact[to]) for kind in kinds for to in exact)
+    return worst((convert_output(y[kind], x, c, kind, to), exact[to]) for kind in kinds for to in exact)
 
 
 @pytest.mark.parametrize("gamma", list(GAMMAS))
@@ -428,9 +429,9 @@ def test_settings_that_do_not_go_with_a_source(changes, words):
 
 
 def test_data_that_do_not_go_together(tmp_path):
-    with pytest.raises(UserError, match=r"source digits has items of shape \(1, 8, 8\), and moons of \(2,\)"):
+    with pytest.raises(UserError, match=r"digits has 1500 items of shape \(1, 8, 8\), and moons has 20000 of \(2,\)"):
         load_dataset("moons", source="digits")
-    with pytest.raises(UserError, match="coupling given pairs item with item, but source normal has 10000, and moons"):
+    with pytest.raises(UserError, match="source normal has 10000 items .* moons has 20000 .*--coupling given as many"):
         load_dataset("moons", source="normal", coupling="given")
     with pytest.raises(UserError, match="'nothing' is not known here"):
         load_dataset("moons", source="nothing")
@@ -439,10 +440,10 @@ def test_data_that_do_not_go_together(tmp_path):
 
 
 @pytest.mark.parametrize("words, expected", [
-    (["--reverse", "True", "--sampler", "euler_maruyama"], "only the ODE is reversed: use --sampler heun"),
+    (["--reverse", "True", "--sampler", "euler_maruyama"], "it needs a run with a source, and --sampler heun"),
     (["--reverse", "True", "--pairs", "True"], "leave --pairs out, or --reverse"),
     (["--source", "noise"], "gamma brownian is the noise between data and a source"),
-    (["--source", "digits"], "source digits has items of shape (1, 8, 8)"),
+    (["--source", "digits"], "source digits has 297 items of shape (1, 8, 8)"),
     (["--cond", "x.npy"], "cond x.npy comes without points of the source"),
     (["--sampler", "dpmpp_2m"], "sampler dpmpp_2m knows nothing of the noise of gamma brownian"),
 ])
@@ -458,7 +459,7 @@ def test_reverse_needs_a_source(tmp_path, capsys):
     trainer = trained(tmp_path, num_training_steps=2, source="noise")
     with pytest.raises(SystemExit):
         call(sample, trainer, tmp_path, "--reverse", True)
-    assert "reverse leads to the source, and this run has none" in capsys.readouterr().err
+    assert "reverse leads to the source by the ODE: it needs a run with a source" in capsys.readouterr().err
 
 
 def test_a_run_keeps_its_source(tmp_path, capsys):
