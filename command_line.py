@@ -51,8 +51,10 @@ class Received:
 
 
 def on_signal(number, frame):
-    first, Received.number = not Received.number, Received.number or number
-    if first and not Received.deferred:
+    if Received.number:
+        return
+    Received.number = number
+    if not Received.deferred:
         raise Stopped(signal_name(number))
 
 
@@ -131,11 +133,9 @@ def optional_settings(cls, mark):
     from typing_extensions import Doc
 
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)\.$", inspect.getsource(cls), re.M))
-    types, fields = get_type_hints(cls), []
-    for name, found in marks(cls).items():
-        if mark in found:
-            comment = Doc(f"{comments[name]}; None: the run's own.")
-            fields.append((name, Annotated[(types[name] | None, *found, comment)], None))
+    types = get_type_hints(cls)
+    fields = [(name, Annotated[(types[name] | None, *found, Doc(f"{comments[name]}; None: the run's own."))], None)
+              for name, found in marks(cls).items() if mark in found]
     return dataclasses.make_dataclass(f"Optional{cls.__name__}", fields)
 
 
