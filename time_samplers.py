@@ -9,8 +9,8 @@ field of a dataclass, or an argument of `__init__`, that has the name of a setti
 field `process` gets the process.
 """
 
-import math
 from dataclasses import dataclass
+from math import pi, sqrt
 
 import torch
 
@@ -62,13 +62,12 @@ class Stratified(Uniform):
     """
 
     def unit(self, batch_size, **where):
-        cell = torch.randperm(batch_size, **where)
-        return (cell + torch.rand(batch_size, **where)) / batch_size
+        return (torch.randperm(batch_size, **where) + torch.rand(batch_size, **where)) / batch_size
 
 
 def normal_density(z):
     """The density of N(0, 1) at z."""
-    return torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
+    return torch.exp(-0.5 * z**2) / sqrt(2 * pi)
 
 
 def inside(u):
@@ -87,8 +86,7 @@ class LogitNormal(Uniform):
     logit_normal_scale: float = 1.0
 
     def unit(self, batch_size, **where):
-        normal = torch.randn(batch_size, **where)
-        return torch.sigmoid(self.logit_normal_loc + self.logit_normal_scale * normal)
+        return torch.sigmoid(self.logit_normal_loc + self.logit_normal_scale * torch.randn(batch_size, **where))
 
     def unit_density(self, u):
         v, scale = inside(u), self.logit_normal_scale
@@ -129,13 +127,13 @@ class Mode(Uniform):
     mode_scale: float = 1.29  # s
 
     def map(self, u):
-        return 1 - u - self.mode_scale * (torch.cos(0.5 * math.pi * u) ** 2 - 1 + u)
+        return 1 - u - self.mode_scale * (torch.cos(0.5 * pi * u) ** 2 - 1 + u)
 
     def unit(self, batch_size, **where):
         return self.map(torch.rand(batch_size, **where, dtype=torch.float64))
 
     def slope(self, u):
-        return 1 + self.mode_scale * (1 - 0.5 * math.pi * torch.sin(math.pi * u))  # -map'(u)
+        return 1 + self.mode_scale * (1 - 0.5 * pi * torch.sin(pi * u))  # -map'(u)
 
     def unit_density(self, u):
         """1 / |map'(v)| at the v with map(v) = u.
@@ -143,7 +141,7 @@ class Mode(Uniform):
         v is found in a table that is finer at the ends, and then by two steps of Newton's method. This is faster than
         bisection.
         """
-        table = torch.sin(0.5 * math.pi * torch.linspace(1, 0, 4097, device=u.device, dtype=torch.float64)) ** 2
+        table = torch.sin(0.5 * pi * torch.linspace(1, 0, 4097, device=u.device, dtype=torch.float64)) ** 2
         after = torch.searchsorted(self.map(table), u.double()).clamp(1, 4096)
         v = (table.take(after - 1) + table.take(after)) / 2
         for _ in range(2):
@@ -158,11 +156,10 @@ class CosMap(Uniform):
     """
 
     def unit(self, batch_size, **where):
-        u = torch.rand(batch_size, **where)
-        return 1 - 1 / (torch.tan(0.5 * math.pi * u) + 1)
+        return 1 - 1 / (torch.tan(0.5 * pi * torch.rand(batch_size, **where)) + 1)
 
     def unit_density(self, u):
-        return 2 / (math.pi * (1 - 2 * u + 2 * u**2))
+        return 2 / (pi * (1 - 2 * u + 2 * u**2))
 
 
 @dataclass(kw_only=True)
@@ -178,8 +175,7 @@ class EDMLogNormal(Uniform):
     edm_P_std: float = 1.2
 
     def __post_init__(self):
-        ends = torch.stack([self.normal(self.process.at(time)) for time in (self.T_min, self.T_max)])
-        self.low, high = torch.special.ndtr(ends).tolist()
+        self.low, high = (torch.special.ndtr(self.normal(self.process.at(t))).item() for t in (self.T_min, self.T_max))
         self.share = high - self.low  # of the distribution that lies in [T_min, T_max]
         if not self.share > 1e-3:
             raise UserError(f"edm_P_mean {self.edm_P_mean} and edm_P_std {self.edm_P_std} put fewer than one time in "
