@@ -13,6 +13,7 @@ from itertools import count, pairwise
 
 import numpy as np
 import torch
+from torch.fft import fftfreq, irfft2, rfft2, rfftfreq
 
 from logging_utils import Progress
 from utils import UserError, first_line
@@ -48,7 +49,7 @@ class Items:
     def __getitem__(self, rows):
         found = channels_first(self.read(self.rows[rows]))
         found = found[:, None] if found.ndim == 3 else found
-        return found.astype(np.uint8 if found.dtype == np.uint8 else np.float32, copy=False)
+        return found if found.dtype == np.uint8 else found.astype(np.float32, copy=False)
 
     def read(self, rows):
         items = (self.source[int(i)] for i in rows)
@@ -167,7 +168,7 @@ def vorticity(trajectories, frames, seed, size=32, solved_at=64, interval=0.5, d
     long after `rest`, a multiple of `interval`, from the vorticity `initial` (solved_at, solved_at).
     """
     generator, n = torch.Generator().manual_seed(seed), solved_at
-    kx, ky = torch.meshgrid(torch.fft.rfftfreq(n, 1 / n), torch.fft.fftfreq(n, 1 / n), indexing="xy")
+    kx, ky = torch.meshgrid(rfftfreq(n, 1 / n), fftfreq(n, 1 / n), indexing="xy")
     square, highest = kx**2 + ky**2, torch.maximum(kx, ky.abs())
     kept, shown = (highest < n / 3) & (square > 0), highest < size / 2
     inverse = 1 / square.clamp(min=1)
@@ -175,19 +176,19 @@ def vorticity(trajectories, frames, seed, size=32, solved_at=64, interval=0.5, d
     decay = torch.exp(-dt * (viscosity * square + drag))
 
     def transport(w):  # -v . grad w
-        u, v, slope_x, slope_y = torch.fft.irfft2(operators * w[:, None]).unbind(1)
-        return -torch.fft.rfft2(u * slope_x + v * slope_y) * kept
+        u, v, slope_x, slope_y = irfft2(operators * w[:, None]).unbind(1)
+        return -rfft2(u * slope_x + v * slope_y) * kept
 
-    y, x = torch.meshgrid(*2 * [torch.arange(n) * 2 * math.pi / n], indexing="ij")
-    phases = torch.stack([6 * x, 7 * y, 5 * (x + y), 8 * (x + y)])
-    waves = torch.fft.rfft2(torch.cat([phases.sin(), phases.cos()]))
-    w, found, every = torch.fft.rfft2(torch.zeros(trajectories, n, n) + initial), [], round(interval / dt)
-    steps = round(rest / dt) + every * frames
-    for step in Progress("solving Navier-Stokes", range(steps)):
+    x = torch.arange(n) * 2 * math.pi / n
+    y = x[:, None]
+    phases = torch.stack(torch.broadcast_tensors(6 * x, 7 * y, 5 * (x + y), 8 * (x + y)))
+    waves = rfft2(torch.cat([phases.sin(), phases.cos()]))
+    w, found, every = rfft2(torch.zeros(trajectories, n, n) + initial), [], round(interval / dt)
+    for step in Progress("solving Navier-Stokes", range(round(rest / dt) + every * frames)):
         slope = transport(w)
         ahead = decay * (w + dt * slope)
         kick = stirring * dt**0.5 * torch.randn(trajectories, len(waves), generator=generator)
         w = decay * (w + dt / 2 * slope) + dt / 2 * transport(ahead) + torch.einsum("bk,kij->bij", kick + 0j, waves)
         if (step + 1) % every == 0:
-            found.append(torch.fft.irfft2(w * shown)[:, :: n // size, :: n // size])
+            found.append(irfft2(w * shown)[:, :: n // size, :: n // size])
     return torch.stack(found[-frames:], 1)[:, :, None].numpy()
