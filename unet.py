@@ -24,6 +24,10 @@ def largest_divisor(n, most):
     return next(d for d in range(max(most, 1), 0, -1) if n % d == 0)
 
 
+def conv3x3(channels_in, channels, stride=1):
+    return nn.Conv2d(channels_in, channels, 3, stride, padding=1)
+
+
 class GroupNorm(nn.GroupNorm):
     """Group norm in float32, as autocast has it on a GPU. The number of groups divides the channels: 32 at most.
 
@@ -59,9 +63,9 @@ class Conditioning(nn.Module):
 
     def forward(self, t, label, attributes):
         emb = self.mlp(time_features(t, self.features))
-        if self.label is not None:
+        if self.label:
             emb = emb + (self.label.weight[-1] if label is None else self.label(label))
-        if self.attributes is not None and attributes is not None:
+        if self.attributes and attributes is not None:
             emb = emb + self.attributes(attributes)
         return F.silu(emb)
 
@@ -85,11 +89,11 @@ class ResBlock(nn.Module):
     def __init__(self, channels_in, channels, emb_dim, dropout):
         super().__init__()
         self.norm1 = GroupNorm(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.conv1 = conv3x3(channels_in, channels)
         self.scale_shift = nn.Linear(emb_dim, 2 * channels)
         self.norm2 = GroupNorm(channels)
         self.dropout = Dropout(dropout)
-        self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.conv2 = zero(conv3x3(channels, channels))
         self.skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
     def forward(self, x, emb):
@@ -170,11 +174,11 @@ class UNet(nn.Module):
 
         channels = model_channels
         widths = [mult * model_channels for mult in channel_mults]
-        self.input = nn.Conv2d(C + self.cond_channels, channels, 3, padding=1)
+        self.input = conv3x3(C + self.cond_channels, channels)
         self.down, skips = nn.ModuleList(), [channels]
         for level, width in enumerate(widths):
             if level > 0:
-                self.down.append(Layers([nn.Conv2d(channels, channels, 3, stride=2, padding=1)]))
+                self.down.append(Layers([conv3x3(channels, channels, stride=2)]))
                 skips.append(channels)
             for _ in range(num_res_blocks):
                 self.down.append(block(channels, width, level))
@@ -190,10 +194,10 @@ class UNet(nn.Module):
                 self.up.append(block(channels + skips.pop(), width, level))
                 channels = width
             if level > 0:
-                self.up[-1].extend([nn.Upsample(scale_factor=2.0), nn.Conv2d(channels, channels, 3, padding=1)])
+                self.up[-1].extend([nn.Upsample(scale_factor=2.0), conv3x3(channels, channels)])
 
         self.norm_out = GroupNorm(channels)
-        self.out = zero(nn.Conv2d(channels, C, 3, padding=1))
+        self.out = zero(conv3x3(channels, C))
 
     def forward(self, xt, t, label=None, cond=None):
         emb = self.conditioning(t, label, cond)  # (B, emb_dim)
