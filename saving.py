@@ -117,8 +117,8 @@ def check_data(path, there, here):
 
 def numbered(folder):
     """Step and path of every step_N.pt, the newest first. The name only orders them: the file holds the step."""
-    found = [(int(path.stem[5:]), str(path)) for path in Path(folder).glob("step_*.pt") if path.stem[5:].isdecimal()]
-    return sorted(found, reverse=True)
+    return sorted(((int(path.stem[5:]), str(path)) for path in Path(folder).glob("step_*.pt")
+                   if path.stem[5:].isdecimal()), reverse=True)
 
 
 def load_newest(folder):

@@ -149,15 +149,13 @@ def in_batches(work, rows, size):
     while rows:
         part = rows[:size]
         try:
-            result = work(part)
-        except Exception as error:
+            yield work(part)
+            rows = rows[size:]
+            continue
+        except Exception as error:  # of `work`: what fails between two parts, fails outside of this function
             if not re.search(OUT_OF_MEMORY, f"{type(error).__name__}: {error}"):
                 raise
             failure = first_line(error)
-        else:
-            yield result
-            rows = rows[size:]
-            continue
         if len(part) == 1:
             raise UserError(f"out of memory for a single item ({failure}): use a smaller network, or another GPU")
         torch.cuda.empty_cache()  # here, outside `except`, the error no longer holds the tensors
@@ -215,8 +213,8 @@ def write_atomically(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"cannot write {path} ({why}): make room, or choose another folder") from error
+        raise UserError(f"cannot write {path} ({error.strerror or error}): make room, or choose another "
+                        "folder") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
