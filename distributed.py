@@ -7,7 +7,6 @@ after the same step. With one process these do the obvious.
 
 import atexit
 import contextlib
-import datetime
 import itertools
 import os
 import re
@@ -17,6 +16,7 @@ import sys
 import time
 import traceback
 import warnings
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from command_line import Stopped, end_stopped, fail, rank, stop_listening, stop_
 from utils import OUT_OF_MEMORY, UserError, first_line, keep_freed_memory
 
 CALLS = itertools.count()  # numbers the calls of on_rank0, in the same way on all ranks
-PATIENCE = datetime.timedelta(hours=12)  # how long the other ranks wait for what rank 0 does alone
+PATIENCE = timedelta(hours=12)  # how long the other ranks wait for what rank 0 does alone
 
 
 # ---- Ranks
@@ -102,10 +102,9 @@ def all_or_none(work):
 
 def agreed_stop():
     """The number of the signal that one of the ranks got, the same on all, or 0. All ranks must call it."""
-    if not dist.is_initialized():
-        return stop_requested()
-    number = torch.tensor([stop_requested()])
-    dist.all_reduce(number, dist.ReduceOp.MAX)  # by gloo, which waits for no GPU
+    number = torch.tensor(stop_requested())
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)  # by gloo, which waits for no GPU
     return number.item()
 
 
@@ -138,10 +137,10 @@ def set_up(device, tf32=True, timeout=10.0, cudnn_benchmark=True, **settings):
             device = torch.device("cpu")
         if world_size() > 1:
             backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
+            dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
             if gpu:  # gloo must fail first: NCCL's watchdog aborts the process, in pages of C++
                 nccl = dist.distributed_c10d._get_default_group()._get_backend(device)
-                nccl._set_default_timeout(datetime.timedelta(minutes=timeout + 1))
+                nccl._set_default_timeout(timedelta(minutes=timeout + 1))
         yield device
     except BrokenPipeError:
         raise  # `start` ends the program
