@@ -13,8 +13,6 @@ a run takes to its first step.
 """
 
 import contextlib
-import dataclasses
-import functools
 import io
 import json
 import math
@@ -22,7 +20,8 @@ import os
 import resource
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -83,8 +82,8 @@ def flops_of(work):
 
 def make_trainer(options, device, folder, dataset=None):
     """A trainer that trains without end, and neither saves nor samples. The data are those of the options, or these."""
-    config = dataclasses.replace(options, ckpt_dir=folder, run_name="benchmark", num_training_steps=10**9,
-                                 sample_every=0, save_every=0, milestone_every=0, evaluate_every=0)
+    config = replace(options, ckpt_dir=folder, run_name="benchmark", num_training_steps=10**9,
+                     sample_every=0, save_every=0, milestone_every=0, evaluate_every=0)
     if dataset is None and options.dataset == "cifar10":  # which would be downloaded
         dataset = make_dataset(np.full((50_000, 3, 32, 32), 127, np.uint8), np.arange(50_000) % 10)
     dataset = dataset or load_dataset(options.dataset, **vars(options))
@@ -154,9 +153,9 @@ def measure_training(trainer):
     works = {"bare network": step, "batch of data, noise and times": lambda: trainer.prepare_batch(trainer.step),
              **limits}
     if world_size() > 1:
-        works["no exchange"] = functools.partial(step, exchange=False)
-    functions = {name: repeated(work) for name, work in works.items()}
-    times = time_alternately({"trainer": functools.partial(train, trainer), **functions}, config)
+        works["no exchange"] = partial(step, exchange=False)
+    functions = {"trainer": partial(train, trainer), **{name: repeated(work) for name, work in works.items()}}
+    times = time_alternately(functions, config)
     peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024)
     flops = flops_of(lambda: backward(trainer.net))  # its gradients are for the updates of the next line
@@ -189,7 +188,7 @@ def measure_sampling(trainer):
             net(formatted(config, batch.x1), batch.t, batch.label, batch.cond)
 
     for sampler in SAMPLERS:
-        draw = functools.partial(trainer.samples, "ema", sampler, Cases(config.batch_size, batch.label, batch.cond))
+        draw = partial(trainer.samples, "ema", sampler, Cases(config.batch_size, batch.label, batch.cond))
         try:
             calls, times = draw()[1], time_alternately({"call": repeated(call), "draw": repeated(draw)}, config)
             yield sampler, {"calls": calls, "images_per_s": config.batch_size / times["draw"],
