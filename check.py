@@ -52,7 +52,7 @@ class GaussianMixture:
         self.values = values.clamp(min=0)  # rounding makes a 0 negative
         self.weights = torch.ones_like(self.means[:, 0]) / len(means) if weights is None else weights.double()
         # (K + 1, K), the log weights of each label
-        self.log_weights = torch.stack([*torch.ones_like(self.weights).diag(), self.weights]).log()
+        self.log_weights = torch.vstack([torch.ones_like(self.weights).diag(), self.weights]).log()
 
     def components(self, xt, t, label=None):
         """The coefficients; xt less the mean, and the variances, in each component's eigenbasis (B, K, D); log weight x

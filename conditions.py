@@ -35,10 +35,10 @@ def mask_pixels(x0, uniform, mask_share):
 
 def mask_box(x0, uniform, mask_share):
     """Hides a box at a random place, with the proportions of the image and a share mask_share of its area."""
-    u, inside = uniform(2), []
-    for k, side in enumerate(x0.shape[2:]):
+    inside = []
+    for u, side in zip(uniform(2).T, x0.shape[2:]):
         length = round(mask_share**0.5 * side)
-        first = (u[:, k, None] * (side - length + 1)).floor()
+        first = (u[:, None] * (side - length + 1)).floor()
         place = torch.arange(side, device=x0.device) - first  # (B, side), counted from the box's first pixel
         inside.append((place >= 0) & (place < length))
     y, x = inside
