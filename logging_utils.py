@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+from pathlib import Path
 from threading import Timer
 
 import numpy as np
@@ -134,9 +135,9 @@ def start_wandb(folder, config, shown, new):
     becomes offline, and one line reports it. The run's id is kept in <folder>/wandb_id: a run that resumes is the same
     run on wandb.
     """
-    mode, path, run_id = config.wandb or os.environ.get("WANDB_MODE") or "online", f"{folder}/wandb_id", None
+    mode, path = config.wandb or os.environ.get("WANDB_MODE") or "online", Path(folder, "wandb_id")
     if mode == "disabled":
-        return None
+        return
     os.environ["WANDB_SILENT"] = "true"
     logging.raiseExceptions = False  # or wandb's log files on a full disk fill the terminal with tracebacks
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # or it warns of each message to a wandb process that is gone
@@ -150,9 +151,7 @@ def start_wandb(folder, config, shown, new):
             except Exception as error:
                 warn(f"wandb: logging offline, since online failed ({first_line(error)}); `wandb sync` uploads it")
                 mode = "offline"
-        if os.path.exists(path) and not new:
-            with open(path) as file:
-                run_id = file.read().split()[0]
+        run_id = path.read_text().split()[0] if path.exists() and not new else None
         run = wandb.init(mode=mode, project=config.wandb_project, name=os.path.basename(folder), id=run_id,
                          resume="allow", dir=folder, config=shown,
                          # a kill may cost 1 s of history, not 15
