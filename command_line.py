@@ -156,8 +156,8 @@ def parse(cls, arguments, default=None, description=None):
     except SystemExit as end:
         if not end.code:
             raise
-        box = " ".join(re.sub("[│╭╮╰╯─]", " ", messages.getvalue().partition("\n")[2]).split())  # without its title
-        fail(f"{box.partition(' For full helptext')[0]} (`--help` lists all settings; spaces separate several numbers)")
+        box = re.sub("[│╭╮╰╯─]", " ", messages.getvalue().partition("\n")[2])  # without its title
+        fail(f"{box.partition('For full helptext')[0]} (`--help` lists all settings; spaces separate several numbers)")
     for problem in out_of_range(options):
         fail(problem)
     return options
