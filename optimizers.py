@@ -32,12 +32,10 @@ def learning_rate(step, *, base_lr, min_lr, warmup_steps, num_training_steps, lr
 
 def make_optimizer(net, weight_decay):
     """AdamW, fused into one kernel, with weight decay on matrices and convolution kernels, not on biases and norms."""
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    return torch.optim.AdamW([
+        {"params": [p for p in net.parameters() if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in net.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ], lr=0.0, fused=True)
 
 
 def take_step(optimizer, max_norm):
