@@ -128,7 +128,9 @@ def ceilings(trainer):
 
     The convolution is computed with both of its gradients, as in training. Returns functions by name.
     """
-    config, device, width = trainer.config, trainer.device, trainer.config.model_channels
+    config = trainer.config
+    device = trainer.device
+    width = config.model_channels
 
     def random(*shape):
         dtype = torch.bfloat16 if uses_bf16(config, device) else torch.float32
@@ -149,7 +151,9 @@ def ceilings(trainer):
 
 def measure_training(trainer):
     """The trainer over the bare network, the bare network over the ceilings, what a step consists of, and memory."""
-    config, (backward, step), limits = trainer.config, bare_network(trainer), ceilings(trainer)
+    config = trainer.config
+    backward, step = bare_network(trainer)
+    limits = ceilings(trainer)
     works = {"bare network": step, "batch of data, noise and times": lambda: trainer.prepare_batch(trainer.step),
              **limits}
     if world_size() > 1:
@@ -180,17 +184,19 @@ def measure_training(trainer):
 
 def measure_sampling(trainer):
     """Every sampler, with as many samples as a batch has items, over its network calls alone."""
-    config, net, batch = trainer.config, trainer.ema.net, trainer.prepare_batch(0)
+    config = trainer.config
+    batch = trainer.prepare_batch(0)
 
     @torch.no_grad()
     def call():
         with autocast(config, trainer.device):
-            net(formatted(config, batch.x1), batch.t, batch.label, batch.cond)
+            trainer.ema.net(formatted(config, batch.x1), batch.t, batch.label, batch.cond)
 
     for sampler in SAMPLERS:
         draw = partial(trainer.samples, "ema", sampler, Cases(config.batch_size, batch.label, batch.cond))
         try:
-            calls, times = draw()[1], time_alternately({"call": repeated(call), "draw": repeated(draw)}, config)
+            calls = draw()[1]
+            times = time_alternately({"call": repeated(call), "draw": repeated(draw)}, config)
             yield sampler, {"calls": calls, "images_per_s": config.batch_size / times["draw"],
                             "of_bare_calls": calls * times["call"] / times["draw"]}
         except UserError as error:  # the sampler does not go with the settings

@@ -43,7 +43,9 @@ class GaussianMixture:
 
     def __init__(self, process, kind, means, covariances, weights=None, source_means=None):
         self.source_means = torch.zeros_like(means.flatten(1)) if source_means is None else source_means
-        self.process, self.kind, self.shape = process, kind, means.shape[1:]
+        self.process = process
+        self.kind = kind
+        self.shape = means.shape[1:]
         self.means = means.double().flatten(1)  # (K, D)
         if not isinstance(covariances, Tensor):
             covariances = covariances * torch.ones_like(self.means).diag_embed()
@@ -72,7 +74,8 @@ class GaussianMixture:
         `cond` (B, D + 1) holds m, the mean of the base, on which x0 does not depend, and ones; None: m is 0.
         """
         if cond is not None:
-            m, c = cond[:, :-1], self.process.coefs(torch.as_tensor(t, dtype=torch.float64), 2)
+            m = cond[:, :-1]
+            c = self.process.coefs(torch.as_tensor(t, dtype=torch.float64), 2)
             return without_mean(self(xt - c.shift * m, t, label), c, self.kind, -m).to(xt.dtype)
         c, y, variance, log_p = self.components(xt, t, label)
         p, q = row(self.kind, c)
@@ -215,11 +218,13 @@ def sde_error(process, sampler, n=4000):
     diffusion coefficients if the sampler has one. A weight is the mean probability of a component given the sample.
     From the base that is a point, samplers that can leave it take equal steps.
     """
-    data, means = mixture(process), []
+    data = mixture(process)
+    means = []
     field, x, high, low = start(data, n, 20.0, 0.02)
     ts = make_grid(STEPS[sampler], low, high, "edm", process=process, rho=7.0)
     if process.at(1.0).sigma == 0 and sampler in FROM_A_POINT:
-        ts, x = make_grid(STEPS[sampler], low, 1.0), torch.zeros_like(x)
+        ts = make_grid(STEPS[sampler], low, 1.0)
+        x = torch.zeros_like(x)
         field = given(mixture(process, "drift"))
 
     def statistics(x):

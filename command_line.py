@@ -118,11 +118,10 @@ def fail(message, status=2):
 def end_stopped(stop):
     """Ends the program after a signal, with one line on stderr. Further signals are ignored."""
     stop_listening(signal.SIG_IGN)
-    status = STATUS if Received.resumable else 128 + Received.number
     if rank() == 0:
         resume = "; the same command resumes it" if Received.resumable else ""
         print(f"stopped by {stop}{resume}", file=sys.__stderr__)  # also where stderr is redirected
-    sys.exit(status)
+    sys.exit(STATUS if Received.resumable else 128 + Received.number)
 
 
 # ---- Flags
@@ -173,9 +172,9 @@ def read_config(arguments, cls=Config, usage="Trains a diffusion model. Usage: m
         preset, *arguments = arguments
     if preset not in PRESETS:
         fail(f"{preset!r} is no preset: expected one of {', '.join(PRESETS)}, and then --setting value")
-    description = (f"{usage} [PRESET] [--setting value ...], with PRESET one of {', '.join(PRESETS)}. The defaults "
+    config = parse(cls, arguments, cls(**PRESETS[preset]),
+                   f"{usage} [PRESET] [--setting value ...], with PRESET one of {', '.join(PRESETS)}. The defaults "
                    f"below are those of {preset}.")
-    config = parse(cls, arguments, cls(**PRESETS[preset]), description)
     for problem in problems(config, world_size()):
         fail(problem)
     return config

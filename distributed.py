@@ -63,9 +63,11 @@ def on_rank0(work, *arguments):
         except (UserError, OSError) as error:
             failure = str(error)
         except Exception as error:
-            failure, bug = f"rank 0 failed ({type(error).__name__}: {first_line(error)})", error
+            failure = f"rank 0 failed ({type(error).__name__}: {first_line(error)})"
+            bug = error
     if world_size() > 1:
-        done, answer = f"work of rank 0, {next(CALLS)}", [result, failure]
+        done = f"work of rank 0, {next(CALLS)}"
+        answer = [result, failure]
         store = dist.distributed_c10d._get_default_store()  # which the ranks share
         if rank() == 0:
             store.set(done, "")
@@ -128,7 +130,8 @@ def set_up(device, tf32=True, timeout=10.0, cudnn_benchmark=True, **settings):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
-            torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, cudnn_benchmark
+            torch.backends.cudnn.allow_tf32 = tf32
+            torch.backends.cudnn.benchmark = cudnn_benchmark
         elif device == "cuda" or device == "auto" and has_nvidia_gpus():
             why = reasons[0].message if reasons else "there is none, or CUDA_VISIBLE_DEVICES or the build hides it"
             raise UserError(f"torch {torch.__version__} sees no GPU here ({why}): use --device cpu, or the build of "
@@ -136,8 +139,7 @@ def set_up(device, tf32=True, timeout=10.0, cudnn_benchmark=True, **settings):
         else:
             device = torch.device("cpu")
         if world_size() > 1:
-            backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=timeout))
             if gpu:  # gloo must fail first: NCCL's watchdog aborts the process, in pages of C++
                 nccl = dist.distributed_c10d._get_default_group()._get_backend(device)
                 nccl._set_default_timeout(timedelta(minutes=timeout + 1))

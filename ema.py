@@ -16,7 +16,8 @@ class EMA:
     def __init__(self, net, decay):
         self.decay = decay
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        self.averages, self.parameters = list(self.net.parameters()), list(net.parameters())
+        self.averages = list(self.net.parameters())
+        self.parameters = list(net.parameters())
         self.buffers = list(zip(self.net.buffers(), net.buffers()))
 
     @torch.no_grad()

@@ -39,9 +39,12 @@ class Items:
     """
 
     def __init__(self, source, rows=None):
-        self.source, self.rows = source, np.arange(len(source)) if rows is None else rows
+        self.source = source
+        self.rows = np.arange(len(source)) if rows is None else rows
         first = self[[0]]
-        self.dtype, self.ndim, self.shape = first.dtype, first.ndim, (len(self), *first.shape[1:])
+        self.dtype = first.dtype
+        self.ndim = first.ndim
+        self.shape = len(self), *first.shape[1:]
 
     def __len__(self):
         return len(self.rows)
@@ -72,7 +75,9 @@ class Frames(Items):
         if not set(channels) <= set(range(there)):
             has = f"has 0 to {there - 1}" if there else "holds no fields"
             raise UserError(f"channels {tuple(channels)} are not all there: {names[0]} {has}")
-        self.arrays, self.names, self.channels = arrays, names, list(channels)
+        self.arrays = arrays
+        self.names = names
+        self.channels = list(channels)
         self.starts = np.cumsum([0, *map(len, arrays)])
         super().__init__(range(self.starts[-1]), rows)
 
@@ -81,10 +86,12 @@ class Frames(Items):
         return np.searchsorted(self.starts, rows, "right") - 1
 
     def read(self, rows):
-        which, none = self.array_of(rows), self.arrays[0][:0][:, self.channels or ...]
+        which = self.array_of(rows)
+        none = self.arrays[0][:0][:, self.channels or ...]
         found = np.empty((len(rows), *none.shape[1:]), none.dtype)
         for k in np.unique(which):
-            array, own = self.arrays[k], which == k
+            array = self.arrays[k]
+            own = which == k
             found[own] = array[rows[own] - self.starts[k]][:, self.channels or ...]
             if isinstance(array, np.memmap):  # what is mapped counts as memory of this process
                 array._mmap.madvise(mmap.MADV_DONTNEED)
@@ -139,7 +146,9 @@ def statistics(data, source):
     value is not finite in float32.
     """
     n = min(len(data), 1000) if type(data) is Items else len(data)
-    rows, size, sums = np.linspace(0, len(data) - 1, n).astype(int), math.prod(data.shape[2:]), 0.0
+    rows = np.linspace(0, len(data) - 1, n).astype(int)
+    size = math.prod(data.shape[2:])
+    sums = 0.0
     with Progress("mean and standard deviation", rows, "item") as progress:
         for chosen in np.array_split(rows, -(-n * size * data.shape[1] // 2**24)):
             part = np.asarray(data[chosen], np.float64).reshape(len(chosen), -1, size)
@@ -167,10 +176,13 @@ def vorticity(trajectories, frames, seed, size=32, solved_at=64, interval=0.5, d
     exactly for the rest. Frames are `interval` apart, of the waves that size^2 points can show. The first comes this
     long after `rest`, a multiple of `interval`, from the vorticity `initial` (solved_at, solved_at).
     """
-    generator, n = torch.Generator().manual_seed(seed), solved_at
+    generator = torch.Generator().manual_seed(seed)
+    n = solved_at
     kx, ky = torch.meshgrid(rfftfreq(n, 1 / n), fftfreq(n, 1 / n), indexing="xy")
-    square, highest = kx**2 + ky**2, torch.maximum(kx, ky.abs())
-    kept, shown = (highest < n / 3) & (square > 0), highest < size / 2
+    square = kx**2 + ky**2
+    highest = torch.maximum(kx, ky.abs())
+    kept = (highest < n / 3) & (square > 0)
+    shown = highest < size / 2
     inverse = 1 / square.clamp(min=1)
     operators = 1j * torch.stack([ky * inverse, -kx * inverse, kx, ky])  # w -> velocity (u, v) and slopes of w
     decay = torch.exp(-dt * (viscosity * square + drag))
@@ -183,7 +195,9 @@ def vorticity(trajectories, frames, seed, size=32, solved_at=64, interval=0.5, d
     y = x[:, None]
     phases = torch.stack(torch.broadcast_tensors(6 * x, 7 * y, 5 * (x + y), 8 * (x + y)))
     waves = rfft2(torch.cat([phases.sin(), phases.cos()]))
-    w, found, every = rfft2(torch.zeros(trajectories, n, n) + initial), [], round(interval / dt)
+    w = rfft2(torch.zeros(trajectories, n, n) + initial)
+    every = round(interval / dt)
+    found = []
     for step in Progress("solving Navier-Stokes", range(round(rest / dt) + every * frames)):
         slope = transport(w)
         ahead = decay * (w + dt * slope)

@@ -45,11 +45,12 @@ def launch(resumable):
         return STATUS if resumable else 128 + stop.sigval
     except multiprocessing.errors.ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            return failure.exitcode
-        name = signal.Signals(-failure.exitcode).name
+        status = failure.exitcode
+        if status >= 0:
+            return status
+        name = signal.Signals(-status).name
         guess = {"SIGKILL": " (out of memory?)", "SIGABRT": " (NCCL time-out?)"}.get(name, "")
-        fail(f"rank {rank} was ended by {name}{guess}", 128 - failure.exitcode)  # as in a shell
+        fail(f"rank {rank} was ended by {name}{guess}", 128 - status)  # as in a shell
     except (rendezvous.RendezvousError, DistError) as error:
         fail(f"the nodes did not meet ({type(error).__name__}): expected the same NODES and HEAD on all, and as HEAD a "
              "name of the first node that the others know, with a free port; look at /etc/hosts and firewalls", 1)

@@ -32,7 +32,8 @@ class Logger:
     """
 
     def __init__(self, folder, config, step):
-        self.folder, self.metrics = folder, f"{folder}/metrics.jsonl"
+        self.folder = folder
+        self.metrics = f"{folder}/metrics.jsonl"
         self.lines = []  # all of metrics.jsonl
         with contextlib.suppress(FileNotFoundError, ValueError), open(self.metrics) as file:
             for line in map(json.loads, file):  # up to one that a kill cut off
@@ -135,7 +136,8 @@ def start_wandb(folder, config, shown, new):
     becomes offline, and one line reports it. The run's id is kept in <folder>/wandb_id: a run that resumes is the same
     run on wandb.
     """
-    mode, path = config.wandb or os.environ.get("WANDB_MODE") or "online", Path(folder, "wandb_id")
+    mode = config.wandb or os.environ.get("WANDB_MODE") or "online"
+    path = Path(folder, "wandb_id")
     if mode == "disabled":
         return
     os.environ["WANDB_SILENT"] = "true"
@@ -255,7 +257,8 @@ def scatter_plot(samples, data=None):
     *_, points = panels.values()  # the data, if there are
     points = np.nan_to_num(np.asarray(points)[:, [0, -1]], posinf=0.0, neginf=0.0)
     low, high = np.quantile(points, [0.001, 0.999], axis=0)  # a stray point sets no scale
-    (x, y), reach = (low + high) / 2, 0.6 * (high - low).max() or 1.0
+    x, y = (low + high) / 2
+    reach = 0.6 * (high - low).max() or 1.0
     for i, (title, points) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), i, title=title, aspect="equal")
         axes.axis((x - reach, x + reach, y - reach, y + reach))
@@ -267,8 +270,8 @@ def coloured(fields, columns):
     """The first channel of fields (N, C, H, W) as uint8 images (N, 3, H, W): viridis, with one scale for a row."""
     from matplotlib import colormaps, colors
 
-    rows = fields[:, 0].split(columns)
-    found = [colormaps["viridis"](colors.Normalize()(row.numpy()), bytes=True)[..., :3] for row in rows]
+    found = [colormaps["viridis"](colors.Normalize()(row.numpy()), bytes=True)[..., :3]
+             for row in fields[:, 0].split(columns)]
     return torch.from_numpy(np.concatenate(found)).permute(0, 3, 1, 2)
 
 
@@ -291,7 +294,8 @@ def picture_of(samples, columns=None, data=None, cases=None, spec=None):
         if cases.truth is not None:
             parts.append(cases.truth[:rows, None])
         grid = torch.cat(parts, dim=1)
-        samples, columns = grid.flatten(0, 1), grid.shape[1]
+        samples = grid.flatten(0, 1)
+        columns = grid.shape[1]
     columns = columns or round(len(samples) ** 0.5)
     return image_grid(coloured(samples, columns) if samples.is_floating_point() else samples, columns)
 

@@ -61,8 +61,10 @@ def save(folder, state, keep=2, milestone_every=0):
     The last `keep` stay, and those of every `milestone_every` steps (0: none). Raises UserError, and leaves what was
     there, if the disk is full or cannot be written.
     """
-    step, last = state["step"], f"{folder}/{LAST}"
-    path, content = f"{folder}/step_{step:07d}.pt", {**state, "sha256": digest(state)}
+    step = state["step"]
+    path = f"{folder}/step_{step:07d}.pt"
+    last = f"{folder}/{LAST}"
+    content = {**state, "sha256": digest(state)}
     write_tensors(path, content)
     try:
         os.link(path, f"{last}.tmp")

@@ -175,7 +175,8 @@ class UNet(nn.Module):
         channels = model_channels
         widths = [mult * model_channels for mult in channel_mults]
         self.input = conv3x3(C + self.cond_channels, channels)
-        self.down, skips = nn.ModuleList(), [channels]
+        self.down = nn.ModuleList()
+        skips = [channels]
         for level, width in enumerate(widths):
             if level > 0:
                 self.down.append(Layers([conv3x3(channels, channels, stride=2)]))

@@ -40,8 +40,8 @@ def warn(text):
 @functools.lru_cache
 def parameters_of(function):
     """The names of a function's parameters, and `**` if it takes any others."""
-    parameters = inspect.signature(function).parameters
-    return frozenset("**" if p.kind is p.VAR_KEYWORD else name for name, p in parameters.items())
+    return frozenset("**" if parameter.kind is parameter.VAR_KEYWORD else name
+                     for name, parameter in inspect.signature(function).parameters.items())
 
 
 def call_with_settings(function, settings, **arguments):
@@ -83,11 +83,13 @@ def invert(function, y, low, high):
 
     By 50 bisections, without waiting for a GPU.
     """
-    low, high = torch.full_like(y, low), torch.full_like(y, high)
+    low = torch.full_like(y, low)
+    high = torch.full_like(y, high)
     for _ in range(50):
         middle = (low + high) / 2
         above = function(middle) > y
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        low = torch.where(above, middle, low)
+        high = torch.where(above, high, middle)
     return (low + high) / 2
 
 
