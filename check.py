@@ -65,7 +65,7 @@ class GaussianMixture:
         y = torch.einsum("bkd,kde->bke", xt.double().flatten(1)[:, None] - mean, self.vectors)
         variance = c.alpha**2 * self.values + c.sigma**2 + (0 if c.gamma is None else c.gamma**2)
         log_p = -0.5 * (y**2 / variance + (2 * math.pi * variance).log()).sum(2)
-        log_w = self.log_weights[-1] if label is None else self.log_weights[label.clamp(max=len(self.weights))]
+        log_w = self.log_weights[-1 if label is None else label.clamp(max=len(self.weights))]
         return c, y, variance, log_w + log_p
 
     def __call__(self, xt, t, label=None, cond=None):

@@ -156,7 +156,7 @@ def set_up(device, tf32=True, timeout=10.0, cudnn_benchmark=True, **settings):
     if dist.is_initialized():
         # Without the interpreter's own clean-up: threads of gloo may still run then, and abort the process after all
         # its work is done ("terminate called without an active exception", in 1 of some 20 runs on a busy machine).
-        if device.type == "cuda" and not status:
+        if gpu and not status:
             dist.destroy_process_group()
         atexit._run_exitfuncs()  # wandb's, among others
         sys.stdout.flush()
