@@ -160,7 +160,7 @@ def start_wandb(folder, config, shown, new):
                          settings=wandb.Settings(x_transaction_log_flush_interval=1.0))
         write_atomically(path, run.id)
         offline = f"offline; upload with `wandb sync {os.path.dirname(run.dir)}`"
-        print("wandb:", offline if run.offline else run.url, flush=True)
+        print0("wandb:", offline if run.offline else run.url)
         return run
     except Exception as error:
         warn(f"wandb: the run continues without it ({first_line(error)}); metrics.jsonl has everything")
@@ -176,8 +176,8 @@ def log_to_wandb(run, values, **images):
     try:
         import wandb
 
-        pictures = {name: wandb.Image(image) for name, image in images.items()}
-        run.log(values | pictures, step=values["step"])  # wandb drops steps that it has from before a restart
+        run.log(values | {name: wandb.Image(image) for name, image in images.items()},
+                step=values["step"])  # wandb drops steps that it has from before a restart
         return run
     except Exception as error:
         close_wandb(run, first_line(error))

@@ -89,7 +89,8 @@ class LogitNormal(Uniform):
         return torch.sigmoid(self.logit_normal_loc + self.logit_normal_scale * torch.randn(batch_size, **where))
 
     def unit_density(self, u):
-        v, scale = inside(u), self.logit_normal_scale
+        v = inside(u)
+        scale = self.logit_normal_scale
         return normal_density((torch.logit(v) - self.logit_normal_loc) / scale) / (scale * v * (1 - v))
 
 
