@@ -99,10 +99,10 @@ def check_settings(config):
 
 def check_source(config, process):
     """Raises UserError for settings that do not go with a source."""
-    data, base = process.at(0.0), process.at(1.0)
-    if max(abs(value) for value in (data.alpha - 1, data.sigma, base.alpha, base.sigma - 1)) > 0.1:
+    base = process.at(1.0)
+    if not base.alpha < 0.1 < 0.9 < base.sigma < 1.1:
         raise UserError(f"process {config.process} does not lead from a source to the data, since its alpha and sigma "
-                        "are not 1 and 0 at t = 0, and 0 and 1 at t = 1: use --process rf")
+                        f"at t = 1 are {base.alpha:.3g} and {base.sigma:.3g}, not 0 and 1: use --process rf")
     expected = {"model_type": GIVEN_SOURCE, "target_type": GIVEN_SOURCE, "precondition": [False]}
     for name, values in expected.items():
         if (value := vars(config)[name]) not in values:
@@ -114,11 +114,11 @@ def check_sampler(config, process, sampler, name="sampler", fix="heun"):
     if process.gamma and sampler not in WITH_GAMMA:
         raise UserError(f"{name} {sampler} knows nothing of the noise of gamma {config.gamma}: use --{name} "
                         f"{'stochastic_heun' if sampler in SDE_SAMPLERS else fix}")
-    dependent = "source" if config.source != "noise" else "coupling" if config.coupling != "independent" else None
-    if dependent and not process.gamma and sampler in SDE_SAMPLERS:
-        raise UserError(f"{name} {sampler} needs the score, which {dependent} {vars(config)[dependent]} does not give, "
-                        f"since x1 is no noise that is independent of the data: use --{name} {fix}, or train with a "
-                        "--source and --gamma brownian")
+    independent_noise = config.coupling == "independent" and config.source == "noise"
+    if sampler in SDE_SAMPLERS and not (process.gamma or independent_noise):
+        raise UserError(f"{name} {sampler} needs the score, which coupling {config.coupling} with source "
+                        f"{config.source} does not give, since x1 is no noise that is independent of the data: use "
+                        f"--{name} {fix}, or train with a --source and --gamma brownian")
     if process.at(config.T_max).sigma == 0 and sampler not in FROM_A_POINT:
         raise UserError(f"{name} {sampler} cannot leave a point, which the base of process {config.process} is at "
                         f"T_max {config.T_max}: use --{name} euler_maruyama, or a run with --T_max 0.9999")
@@ -239,10 +239,9 @@ def draw_all(config, spec, process, net: nn.Module, device, cases, sampler, guid
 
         return network
 
-    settings = vars(config) | dict(
+    settings = vars(config) | cases._asdict() | dict(
         net=watched(net), guide=guide and watched(guide), process=process, device=device, rows=rows, shape=spec.shape,
-        labels=cases.labels if config.class_conditional else None, cond=cases.cond, sampler=sampler, start=cases.start,
-        reverse=cases.reverse)
+        labels=cases.labels if config.class_conditional else None, sampler=sampler)
 
     def own_samples():
         samples, calls = [spec.decode(torch.empty(0, *spec.shape))], []  # of the right type, if this rank has no rows

@@ -48,7 +48,6 @@ Seed = Annotated[int, Within("[0, 4294967296)")]
 # (accumulation_steps). The cosine schedule follows num_training_steps, and data_dir must hold the same data.
 MayChange = Annotated[T, "may change"]
 Sampling = Annotated[T, "may change", "sampling"]  # and an option of sample.py and evaluate.py
-FixedSampling = Annotated[T, "sampling"]  # an option of both, but a run that resumes has its own
 Sampler = Literal[key_of("sampling.ODE_SAMPLERS"), key_of("sampling.SDE_SAMPLERS")]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 
@@ -87,7 +86,7 @@ class Config:
     foellmer_power: Annotated[float, Within("[1, inf)")] = 2.0  # foellmer: alpha = (1 - t)^power; 1 or 2.
     base: key_of("processes.BASES") = "noise"  # noise: m = 0. condition: m is the condition itself.
     base_std: PositiveFloat = 1.0  # condition: standard deviation of the base around m; foellmer has 0.
-    source: FixedSampling[key_of("data_utils.DATASETS") | str] = "noise"  # x1: noise, or a data set, as for dataset.
+    source: Annotated[key_of("data_utils.DATASETS") | str, "sampling"] = "noise"  # x1: noise, or a data set by name.
     gamma: key_of("processes.GAMMAS") | None = None  # Noise on the way from source, or base condition, to data.
     gamma_scale: PositiveFloat = 1.0  # Factor of gamma.
     coupling: key_of("couplings.COUPLINGS") = "independent"  # Which x1 goes with which data.

@@ -271,13 +271,15 @@ def digits(split):
     return make_dataset(np.rint(data.images[rows] * (255 / 16)).astype(np.uint8), data.target[rows])
 
 
-def moons(split, num=20_000, noise=0.05, change=lambda x: x):
-    """Points on two half circles of radius 1, with noise, then changed; as many for testing. The label is the circle.
+def moons(split, num=20_000, noise=0.05, scale=1, origin=(0, 0)):
+    """Points on two half circles of radius 1, with noise, then shifted and scaled; as many for testing.
+
+    The label is the circle.
     """
     from sklearn.datasets import make_moons
 
     x, labels = make_moons(num, noise=noise, random_state=SPLITS.index(split))
-    return make_dataset(change(x), labels)
+    return make_dataset(scale * (x - origin), labels)
 
 
 def eight_gaussians(split, num=20_000, radius=2, std=0.1):
@@ -418,12 +420,12 @@ DATASETS = {
     "eight_gaussians": eight_gaussians,
     "checkerboard": checkerboard,
     # In the scale of the literature, 10,000 points: Tong et al. 2023 (wide); Shi et al. 2023, "DSBM" (far)
-    "moons_wide": functools.partial(moons, num=10_000, change=lambda x: 2 * x - [1, 0]),
+    "moons_wide": functools.partial(moons, num=10_000, scale=2, origin=[0.5, 0]),
     "eight_gaussians_wide": functools.partial(eight_gaussians, num=10_000, radius=5, std=1.0),
     "s_curve": s_curve,
     "normal": normal,
     # of mean 0, and both coordinates together of standard deviation 7
-    "moons_far": functools.partial(moons, num=10_000, noise=0.1, change=lambda x: 9.83 * (x - [0.5, 0.25])),
+    "moons_far": functools.partial(moons, num=10_000, noise=0.1, scale=9.83, origin=[0.5, 0.25]),
     "eight_gaussians_far": functools.partial(eight_gaussians, num=10_000, radius=12, std=1.5),
     "navier_stokes": navier_stokes,
 }
@@ -489,10 +491,15 @@ def cases(dataset, num, samples_per_cond, class_conditional):
     items that are spread over it, `samples_per_cond` for each.
     """
     if not dataset.spec.cond_shape:
-        rows = dataset.source and np.resize(np.random.default_rng(0).permutation(len(dataset.source)), num)
-        return Cases(num, spread_labels(dataset.labels, num) if class_conditional else None, start=dataset.start(rows))
+        start = dataset.start(random_rows(dataset.source or dataset, num))
+        return Cases(num, spread_labels(dataset.labels, num) if class_conditional else None, start=start)
     rows = np.linspace(0, len(dataset) - 1, max(1, num // samples_per_cond)).astype(int)
     return dataset.cases(rows, samples_per_cond)
+
+
+def random_rows(dataset, n):
+    """The numbers of n items in random order, always the same; beyond the number of items, again from the start."""
+    return np.resize(np.random.default_rng(0).permutation(len(dataset)), n)
 
 
 def spread_labels(labels, n):

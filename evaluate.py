@@ -13,7 +13,6 @@ such a function and add it there. All ranks call it, each takes its share of the
 random is a function of the seed and of the item's number, so the number of ranks changes nothing but rounding.
 """
 
-import copy
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from build import read_data
 from command_line import fail, parse, start
 from conditions import CORRUPTIONS
 from config import HERE, NonNegativeInt, PositiveInt, Within
-from data_utils import cases
+from data_utils import cases, random_rows
 from distributed import gather_rows, on_rank0, print0, set_up, share, world_size
 from likelihood import bits_per_dim, log_likelihoods
 from logging_utils import (
@@ -130,7 +129,7 @@ class Evaluation(Loaded):
 
     def random_items(self, dataset, n):
         """n random items, or all if there are fewer, always the same, with their labels and conditions."""
-        return dataset.cases(np.random.default_rng(0).permutation(len(dataset))[:n])
+        return dataset.cases(random_rows(dataset, min(n, len(dataset))))
 
     def save(self):
         """Writes the card and the pictures. All ranks must call it."""
@@ -214,9 +213,7 @@ def path_energy(e):
     """
     if e.given.start is None or len(e.spec.shape) > 1:
         return
-    run = copy.copy(e)
-    run.config = replace(e.config, sampler="euler")
-    steps, lengths = trajectory(run, e.given).diff(dim=0), -torch.tensor(frame_times(run, e.given)).diff()
+    steps, lengths = trajectory(e, e.given, sampler="euler").diff(dim=0), -torch.tensor(frame_times(e, e.given)).diff()
     start, data = e.spec.unscaled(e.given.start), e.random_items(e.source, e.given.num).truth
     energy = (steps.square().sum(2).mean(1) / lengths).sum().item()
     least = wasserstein(start, data) ** 2

@@ -98,7 +98,7 @@ def compare_points(samples, reference):
     are not finite.
     """
     n, spec = min(len(samples), len(reference), POINTS), reference.spec
-    rows = np.random.default_rng(0).permutation(len(reference))[:n]
+    rows = data_utils.random_rows(reference, n)
     raw = [samples[:n].double(), torch.from_numpy(reference.data[rows]).double()]
     x, y = (spec.encode(part).double() for part in raw)
     found = {"spectral_distance": spectral_distance(x, y)} if spec.is_field else {}

@@ -24,7 +24,7 @@ import saving
 from build import build, check_settings, read_data
 from command_line import fail, optional_settings, parse, start
 from config import Config, NonNegativeInt, PositiveInt, Seed, problems
-from data_utils import Cases, DataSpec, cases, load_dataset
+from data_utils import Cases, DataSpec, cases, load_dataset, random_rows
 from distributed import gather_rows, on_rank0, print0, rank0_first, set_up
 from logging_utils import coloured, drawn, image_grid, new_figure, picture_of, save_picture
 from processes import PROCESSES, make_process
@@ -142,8 +142,8 @@ def rollout(run, given, steps):
 
 def reversed_cases(test, given):
     """As many items of the test split, in random order, as points from which the ODE leads to the source."""
-    items = test.cases(np.resize(np.random.default_rng(0).permutation(len(test)), given.num))
-    return items._replace(truth=None, start=test.spec.encode(items.truth), reverse=True)
+    items = test.cases(random_rows(test, given.num))
+    return items._replace(start=test.spec.encode(items.truth), reverse=True)
 
 
 # ---- From noise to data
@@ -155,7 +155,7 @@ def frame_times(run, given):
     return [*times[:: math.ceil(len(times) / FRAMES)], last]
 
 
-def trajectory(run, given):
+def trajectory(run, given, **changes):
     """Samples on their way, decoded, (F, num, ...): at up to FRAMES times of the grid, and then the samples.
 
     The state at a time is what the network gets in the call at the nearest time; of several calls at one time, in the
@@ -170,7 +170,7 @@ def trajectory(run, given):
         return run.net(xt, t, label, cond)
 
     recording.net = recorded
-    samples, _ = recording.draw(given, compile=False, sampling_batch_size=given.num)
+    samples, _ = recording.draw(given, compile=False, sampling_batch_size=given.num, **changes)
     states = states or {0.0: samples[:0]}  # of a rank that has no share
     calls = [min(states, key=lambda call: abs(call - time)) for time in frame_times(run, given)[:-1]]
     frames = [*(gather_rows(states[call]) for call in calls), samples]
@@ -198,15 +198,15 @@ def frames_of(states, directions=None):
 
     Of more than two coordinates the first and the last are drawn.
     """
-    for k, state in enumerate(states):
-        figure = new_figure(3, 3)
-        axes = figure.subplots()
-        axes.hist2d(state[:, 0], state[:, -1], 80, range=2 * [[-3, 3]], cmap="Greys", vmax=8)
-        axes.plot(states[: k + 1, :PATHS, 0], states[: k + 1, :PATHS, -1], color="tab:red", linewidth=0.5)
+    points = states[..., [0, -1]].movedim(2, 0)  # (2, F, N)
+    for k in range(len(states)):
+        axes = new_figure(3, 3).subplots()
+        axes.hist2d(*points[:, k], 80, range=2 * [[-3, 3]], cmap="Greys", vmax=8)
+        axes.plot(*points[:, : k + 1, :PATHS], color="tab:red", linewidth=0.5)
         if directions is not None:
             axes.quiver(*GRID.T, *directions[k].T, color="tab:blue", width=0.004, scale=14)
         axes.axis("off")
-        yield drawn(figure).convert("RGB").quantize(12)
+        yield drawn(axes.figure).convert("RGB").quantize(12)
 
 
 def save_trajectory(states, spec, path, directions=None):

@@ -127,13 +127,11 @@ class Field:
         """eps for the step from t to t_next: its value in the middle of the step, at most sigma(t_next)^2 / (2 |dt|).
 
         So no step adds more noise than there is at its end. Every eps keeps the marginals, but in one step a larger one
-        would overshoot, as `constant` would near the data and `delta` near the noise. With gamma, at either end of the
-        step this is the limit, with gamma in place of sigma.
+        would overshoot, as `constant` would near the data and `delta` near the noise. Of gamma, it is that noise.
         """
         middle = (t + t_next) / 2
         eps = call_with_settings(look_up(DIFFUSIONS, self.sde_diffusion), {"c": self.process.at(middle), "t": middle})
-        noise = min(self.process.at(time).noise.item() for time in (t_next, *[t] * bool(self.process.gamma)))
-        return min(self.sde_scale * float(eps), noise**2 / (2 * abs(t_next - t)))
+        return min(self.sde_scale * float(eps), self.process.at(t_next).noise.item() ** 2 / (2 * abs(t_next - t)))
 
 
 # ---- Grids. Each maps u (n + 1,) in [0, 1] to times (n + 1,), from T_min at u = 0 to T_max at u = 1, all float64

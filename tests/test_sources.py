@@ -415,8 +415,8 @@ def test_contradictions(changes, words):
     (dict(target_type="drift"), "target_type drift is for noise alone"),
     (dict(model_type="x1", target_type="x0"), "model_type x1 is for noise alone"),
     (dict(precondition=True), "precondition True is for noise alone: with a source expected False"),
-    (dict(sde_sampler="euler_maruyama"), "sde_sampler euler_maruyama needs the score, which source moons.*"
-                                         "--sde_sampler None, or train with a --source and --gamma brownian"),
+    (dict(sde_sampler="euler_maruyama"), "euler_maruyama needs the score, which coupling independent with source moons "
+                                         ".*--sde_sampler None, or train with a --source and --gamma brownian"),
     (dict(gamma="brownian", sampler="ddim"), "sampler ddim knows nothing of the noise of gamma brownian: use.* heun"),
     (dict(gamma="brownian", sde_sampler="ancestral"), "sde_sampler ancestral knows nothing.*stochastic_heun"),
     (dict(gamma="brownian", T_min=0.0), "T_min 0.0: the velocity .* is not finite there; use --T_min 1e-4"),
