@@ -17,7 +17,7 @@ from data_utils import load_dataset
 from distributed import all_or_none, gather_rows, print0, rank0_first, share
 from logging_utils import Progress
 from mlp import MLP, PlainMLP
-from prediction import GIVEN_SOURCE, Preconditioned, convert, loss_weight, target
+from prediction import Preconditioned, convert, loss_weight, target
 from processes import make_process
 from sampling import FROM_A_POINT, SDE_SAMPLERS, WITH_GAMMA, Field, draw, make_grid
 from time_samplers import TIME_SAMPLERS
@@ -103,8 +103,8 @@ def check_source(config, process):
     if not base.alpha < 0.1 < 0.9 < base.sigma < 1.1:
         raise UserError(f"process {config.process} does not lead from a source to the data, since its alpha and sigma "
                         f"at t = 1 are {base.alpha:.3g} and {base.sigma:.3g}, not 0 and 1: use --process rf")
-    expected = {"model_type": GIVEN_SOURCE, "target_type": GIVEN_SOURCE, "precondition": [False]}
-    for name, values in expected.items():
+    kinds = "velocity", "x0", "v"
+    for name, values in {"model_type": kinds, "target_type": kinds, "precondition": [False]}.items():
         if (value := vars(config)[name]) not in values:
             raise UserError(f"{name} {value} is for noise alone: with a source expected {', '.join(map(str, values))}")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from likelihood import PROBES, flow, log_likelihood
 from prediction import PREDICTIONS, convert, row, without_mean
 from processes import PROCESSES, FromFunctions, make_process
-from sampling import DIFFUSIONS, FROM_A_POINT, ODE_SAMPLERS, SDE_SAMPLERS, WITH_GAMMA, Field, dopri5, make_grid
+from sampling import DIFFUSIONS, FROM_A_POINT, SAMPLERS, WITH_GAMMA, Field, dopri5, make_grid
 
 T_MIN, T_MAX = 1e-4, 0.9999
 TIMES = torch.linspace(T_MIN, T_MAX, 999, dtype=torch.float64)
@@ -38,15 +38,15 @@ class GaussianMixture:
     are (K, D, D), with D numbers in an item, or one variance for all. `t` is (B,), or one time for all. `label` (B,)
     int64 is the component; K, or no label, stands for any of them. All is computed in float64.
 
-    x1 from N(source_means[k], I) is no noise. With a gamma, E[z | xt] comes after the prediction: (B, 2C, ...).
+    x1 is from N(source_means[k], I). With a gamma, E[z | xt] comes after the prediction: (B, 2C, ...).
     """
 
-    def __init__(self, process, kind, means, covariances, weights=None, source_means=None):
-        self.source_means = torch.zeros_like(means.flatten(1)) if source_means is None else source_means
+    def __init__(self, process, kind, means, covariances, weights=None, source_means=0.0):
         self.process = process
         self.kind = kind
         self.shape = means.shape[1:]
         self.means = means.double().flatten(1)  # (K, D)
+        self.source_means = torch.zeros_like(self.means) + source_means
         if not isinstance(covariances, Tensor):
             covariances = covariances * torch.ones_like(self.means).diag_embed()
         self.covariances = covariances.double()
@@ -86,7 +86,8 @@ class GaussianMixture:
         # of a component: E[x0 | xt] = mean + alpha values y / variance, E[x1 | xt] = its mean + sigma y / variance, and
         # E[z | xt] = gamma y / variance
         each = p * self.means + q * self.source_means + rotated(p * c.alpha * self.values + q * c.sigma)
-        each = each if c.gamma is None else torch.cat([each, rotated(c.gamma)], dim=2)
+        if self.process.gamma:
+            each = torch.cat([each, rotated(c.gamma)], dim=2)
         return torch.einsum("bk,bkd->bd", log_p.softmax(1), each).reshape(len(xt), -1, *xt.shape[2:]).to(xt.dtype)
 
     def log_prob(self, xt, t, label=None):
@@ -100,7 +101,8 @@ class GaussianMixture:
         x0 = self.means[label] + torch.einsum("be,bde->bd", self.values[label].sqrt() * x0, self.vectors[label])
         c = self.process.at(t)
         xt = c.alpha * x0 + c.sigma * (self.source_means[label] + x1) if t else x0
-        xt = xt if c.gamma is None else xt + c.gamma * torch.empty_like(xt).normal_(generator=generator)
+        if self.process.gamma:
+            xt = xt + c.gamma * torch.empty_like(xt).normal_(generator=generator)
         return xt.reshape(n, *self.shape), label
 
     def flow(self, x, t_from, t_to):
@@ -124,13 +126,12 @@ def mixture(process, kind="velocity") -> GaussianMixture:
     means, root = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 2), (3, 2, 2)))
     covariances = 0.15 * root @ root.mT + 0.05 * torch.eye(2)
     return GaussianMixture(process, kind, means, covariances, torch.tensor([0.5, 0.3, 0.2]),
-                           -2 * means if process.gamma else None)
+                           -2 * means if process.gamma else 0.0)
 
 
 def given(data):
     """The exact field of these data around the mean M: its network gets xt and the condition."""
-    condition = {} if data.process.gamma else {"cond": COND, "m": M}
-    return Field(data, data.process, data.kind, **condition)
+    return Field(data, data.process, data.kind, **{} if data.process.gamma else {"cond": COND, "m": M})
 
 
 def start(data, n, high, low):
@@ -199,7 +200,7 @@ def order_error(process, sampler):
     """
     field, x, high, low = start(mixture(process), 16, 4.0, 0.15)
     exact = dopri5(field, x, [high, low], rtol=1e-12, atol=1e-12)
-    few, many = ((ODE_SAMPLERS[sampler](field, x, make_grid(n, low, high)) - exact).abs().mean() for n in (64, 256))
+    few, many = ((SAMPLERS[sampler](field, x, make_grid(n, low, high)) - exact).abs().mean() for n in (64, 256))
     return abs(math.log(few / many, 4) - ORDERS[sampler])
 
 
@@ -232,7 +233,7 @@ def sde_error(process, sampler, n=4000):
 
     exact = statistics(data.sample(50_000, t=low)[0])
     for field.sde_diffusion in ["delta"] if sampler in ("ancestral", "edm_churn") else DIFFUSIONS:
-        means.append(statistics(SDE_SAMPLERS[sampler](field, x, ts)).mean(0))
+        means.append(statistics(SAMPLERS[sampler](field, x, ts)).mean(0))
     return ((torch.stack(means) - exact.mean(0)) / exact.std(0) * n**0.5).abs().max().item()
 
 
@@ -283,10 +284,12 @@ COLUMNS = PROCESSES | {"rf, base condition": lambda: make_process("rf", base="co
                        "rf, gamma brownian": lambda: make_process("rf", gamma="brownian", gamma_scale=0.5)}
 
 
-def applies(process, check, *arguments):
-    """Whether the check is for this process: some are for x1 that is noise alone."""
-    return not process.gamma or check not in (conversion_error, dopri5_error) and not (
-        {*ORDERS, *STEPS} - {*WITH_GAMMA}) & {*arguments}
+NOISE_ALONE = {conversion_error, dopri5_error, *SAMPLERS.keys() - WITH_GAMMA}  # what is not for data as x1
+
+
+def applies(process, *check):
+    """Whether a check, a function and its arguments, is for this process."""
+    return not process.gamma or NOISE_ALONE.isdisjoint(check)
 
 
 def main():

@@ -214,9 +214,8 @@ def path_energy(e):
     if e.given.start is None or len(e.spec.shape) > 1:
         return
     steps, lengths = trajectory(e, e.given, sampler="euler").diff(dim=0), -torch.tensor(frame_times(e, e.given)).diff()
-    start, data = e.spec.unscaled(e.given.start), e.random_items(e.source, e.given.num).truth
     energy = (steps.square().sum(2).mean(1) / lengths).sum().item()
-    least = wasserstein(start, data) ** 2
+    least = wasserstein(e.spec.unscaled(e.given.start), e.random_items(e.source, e.given.num).truth) ** 2
     e.card["paths"] = found = {"path_energy": energy, "least": least, "normalised": energy / least - 1}
     print0(f"paths       {in_words(found)}")
 

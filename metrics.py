@@ -99,15 +99,15 @@ def compare_points(samples, reference):
     """
     n, spec = min(len(samples), len(reference), POINTS), reference.spec
     rows = data_utils.random_rows(reference, n)
-    raw = [samples[:n].double(), torch.from_numpy(reference.data[rows]).double()]
-    x, y = (spec.encode(part).double() for part in raw)
+    x, y = (spec.encode(part).double() for part in (samples[:n], torch.from_numpy(reference.data[rows])))
     found = {"spectral_distance": spectral_distance(x, y)} if spec.is_field else {}
     x, y = x.flatten(1), y.flatten(1)
     if bad := (~x.isfinite().all(1)).sum().item():
         raise UserError(f"{bad} of {n} samples are not finite, and have no distance")
     found |= {"sliced_wasserstein": sliced_wasserstein(x, y), "energy_distance": energy_distance(x, y)}
     if not spec.is_field:
-        found |= {"wasserstein": wasserstein(*raw), "c2st": classifier_two_sample(x, y)}
+        std = torch.tensor(spec.std)
+        found |= {"wasserstein": wasserstein(x * std, y * std), "c2st": classifier_two_sample(x, y)}
     return found
 
 

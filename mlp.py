@@ -23,7 +23,7 @@ ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "gelu": nn.GELU, "relu": nn.ReL
 def check_vectors(*shapes):
     """Raises UserError for shapes that are not those of vectors."""
     for shape in shapes:
-        if len(shape) != 1:
+        if len(shape) > 1:
             raise UserError(f"mlp takes vectors, also as conditions, not shape {tuple(shape)}: use --network unet")
 
 
@@ -36,7 +36,7 @@ class MLP(nn.Module):
     def __init__(self, data_shape, num_classes=0, hidden_dim=256, num_layers=4, dropout=0.0, cond_shape=(),
                  activation="silu"):
         super().__init__()
-        check_vectors(data_shape, cond_shape or (1,))
+        check_vectors(data_shape, cond_shape)
         activation = ACTIVATIONS[activation]
         self.register_buffer("frequencies", math.pi * torch.logspace(-1, 6, 32, base=2.0), persistent=False)
         self.data = nn.Linear(data_shape[0] + sum(cond_shape), hidden_dim)

@@ -33,9 +33,6 @@ PREDICTIONS = {
 }
 
 
-GIVEN_SOURCE = ("velocity", "x0", "v")  # the kinds that a network can learn if x1 is no noise
-
-
 def row(kind, c: Coefs):
     """p and q of this kind at the coefficients `c`, tensors or numbers. Raises UserError for an unknown kind."""
     return look_up(PREDICTIONS, kind)(c)[:2]

@@ -140,12 +140,6 @@ def rollout(run, given, steps):
     return torch.stack(states, dim=1)
 
 
-def reversed_cases(test, given):
-    """As many items of the test split, in random order, as points from which the ODE leads to the source."""
-    items = test.cases(random_rows(test, given.num))
-    return items._replace(start=test.spec.encode(items.truth), reverse=True)
-
-
 # ---- From noise to data
 
 
@@ -180,46 +174,39 @@ def trajectory(run, given, **changes):
 
 
 @torch.no_grad()
-def arrows(run, given):
-    """The directions of the ODE's paths at the points of GRID, at the times of F frames, (F, 121, 2).
+def frames_of(run, given, states):
+    """Yields pictures of points (F, N, D): their density, some paths until then, and arrows along the ODE's paths.
 
-    They are as long as the velocity where this is small, and at most 1. None if they depend on more than the point.
+    Of more than two coordinates the first and the last are drawn. Arrows are as long as the velocity where it is small,
+    and at most 1. There are none if the velocity depends on more than the point, or `trajectory` changes the scale.
     """
-    if run.spec.shape != (2,) or run.config.class_conditional or given.cond is not None:
-        return
-    settings = vars(run.config) | {"net": run.net, "process": run.process, "device": run.device}
-    field, points = field_of(range(len(GRID)), run.spec.shape, **settings), GRID.to(run.device)
-    velocities = torch.stack([field(points, time, "velocity").cpu() for time in frame_times(run, given)])
-    return velocities / (1 + velocities.norm(dim=2, keepdim=True)) * (1 if given.reverse else -1)
-
-
-def frames_of(states, directions=None):
-    """Yields pictures of points (F, N, D), on the network's scale: their density, some paths until then, and `arrows`.
-
-    Of more than two coordinates the first and the last are drawn.
-    """
-    points = states[..., [0, -1]].movedim(2, 0)  # (2, F, N)
+    spec, config, process = run.spec, run.config, run.process
+    points = spec.encode(states.flatten(0, 1)).reshape(states.shape)[..., [0, -1]].movedim(2, 0)  # (2, F, N)
+    settings = vars(config) | dict(net=run.net, process=process, device=run.device)
+    field = field_of(range(len(GRID)), spec.shape, **settings)
+    depends = config.class_conditional or given.cond is not None or process.at(1.0).sigma > 1
+    times = [] if depends or spec.shape != (2,) else frame_times(run, given)
     for k in range(len(states)):
         axes = new_figure(3, 3).subplots()
         axes.hist2d(*points[:, k], 80, range=2 * [[-3, 3]], cmap="Greys", vmax=8)
         axes.plot(*points[:, : k + 1, :PATHS], color="tab:red", linewidth=0.5)
-        if directions is not None:
-            axes.quiver(*GRID.T, *directions[k].T, color="tab:blue", width=0.004, scale=14)
+        if times:
+            velocity = field(GRID.to(run.device), times[k], "velocity").cpu() * (1 if given.reverse else -1)
+            arrows = velocity / (1 + velocity.norm(dim=1, keepdim=True))
+            axes.quiver(*GRID.T, *arrows.T, color="tab:blue", width=0.004, scale=14)
         axes.axis("off")
         yield drawn(axes.figure).convert("RGB").quantize(12)
 
 
-def save_trajectory(states, spec, path, directions=None):
+def save_trajectory(run, given, states, path):
     """Writes the states of `trajectory` as an animated GIF, which pauses at its end.
 
     Images and fields come in a grid. There are few colours, so that the file is small.
     """
-    if spec.is_field:
+    if run.spec.is_field:
         states = coloured(states.flatten(0, 1), states.numel()).unflatten(0, states.shape[:2])  # on one scale
-    if len(spec.shape) == 1:
-        first, *others = frames_of(spec.encode(states.flatten(0, 1)).reshape(states.shape), directions)
-    else:
-        first, *others = [image_grid(state // 36 * 36, min(10, len(state)), width=320) for state in states]
+    first, *others = frames_of(run, given, states) if states.ndim == 3 else [
+        image_grid(state // 36 * 36, min(10, len(state)), width=320) for state in states]
     save_picture(first, path, save_all=True, append_images=others, duration=[80] * len(others) + [2000], loop=0)
 
 
@@ -247,7 +234,9 @@ def main(arguments):
         elif spec.cond_shape or config.source != "noise":
             test = read_data(config, "test", spec)
             given = cases(test, options.num, config.samples_per_cond, config.class_conditional)
-            given = reversed_cases(test, given) if options.reverse else given
+            if options.reverse:  # from items of the test split
+                given = test.cases(random_rows(test, options.num))
+                given = given._replace(start=spec.encode(given.truth), reverse=True)
         if classes and (options.labels or given.labels is None):
             given = given._replace(labels=torch.tensor(np.resize(options.labels or classes, given.num)))
         if options.rollout:
@@ -266,7 +255,7 @@ def main(arguments):
         if options.trajectory or options.rollout:
             first = given._replace(num=min(given.num, shown or 2000))
             frames = states[: first.num].transpose(0, 1) if options.rollout else trajectory(run, first)
-            on_rank0(save_trajectory, frames, spec, f"{out}.gif", None if options.rollout else arrows(run, first))
+            on_rank0(save_trajectory, run, first, frames, f"{out}.gif")
         print0(f"{given.num} samples of {options.weights} weights at step {run.state['step']}, by "
                f"{config.sampler}: {out}.npz and {out}.png")
 

@@ -74,9 +74,8 @@ class DiffusionTrainer(Run):
         rows = range(config.batch_size) if coupling else self.own_rows
         rows_of = slice(rows.start, rows.stop)
         data, label, cond = self.batches(step, rows_of)
-        x0, cond, x1 = self.spec.encode(self.to_device(data)), self.to_device(cond), None
-        if self.source_batches:
-            x1 = self.spec.encode(self.to_device(self.source_batches(step, rows_of)[0]))
+        x0, cond = self.spec.encode(self.to_device(data)), self.to_device(cond)
+        x1 = self.source_batches and self.spec.encode(self.to_device(self.source_batches(step, rows_of)[0]))
         label = self.to_device(label) if config.class_conditional else None
         generator = torch.Generator(self.device).manual_seed(make_seed(config.seed, "step", step))
 

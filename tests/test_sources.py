@@ -22,13 +22,14 @@ from config import PRESETS, Config, problems
 from couplings import COUPLINGS
 from data_utils import load_dataset
 from metrics import wasserstein
-from prediction import GIVEN_SOURCE, convert_output
+from prediction import convert_output
 from processes import GAMMAS, AroundMean, Bridge, make_process
 from sampling import SAMPLERS, WITH_GAMMA, Field, dopri5, draw, make_grid
 from trainer import DiffusionTrainer
 from utils import UserError
 
 CPU = torch.device("cpu")
+GIVEN_SOURCE = "velocity", "x0", "v"  # the kinds that a network can learn if x1 is no noise
 POINTS = dict(dataset="eight_gaussians", source="moons", network="mlp", hidden_dim=16, num_layers=1, batch_size=16,
               class_conditional=False, model_type="velocity", target_type="velocity")
 NOISY = POINTS | dict(gamma="brownian", gamma_scale=0.5, run_name="noisy")
