@@ -106,6 +106,28 @@ def test_from_the_source_itself_to_the_data(sampler):
         assert error.abs().max() < 4, (eps, error)
 
 
+def test_the_start_has_the_noise_of_its_time():
+    """The network first gets start + gamma(T_max) z, with a z for each row, in whatever batches it is called."""
+    process, start, seen = make_process("rf", gamma="bsquared", gamma_scale=2.0), torch.randn(40, 2), []
+
+    def net(xt, t, label, cond):
+        seen.append(xt)
+        return torch.zeros(len(xt), 4)
+
+    for size in (40, 7):
+        list(draw(net, process, rows=range(40), shape=(2,), device=CPU, seed=0, sampler="euler", sampling_steps=1,
+                  T_min=0.2, T_max=0.7, start=start, model_type="velocity", sampling_batch_size=size))
+    z = (seen[0] - start) / (2 * 0.7 * 0.3)
+    assert abs(z.std() - 1) < 0.25 and torch.equal(torch.cat(seen[1:]), seen[0])
+
+
+def test_no_step_of_the_sde_adds_more_noise_than_gamma():
+    field = Field(None, make_process("rf", gamma="brownian", gamma_scale=0.5), "velocity", sde_diffusion="constant")
+    assert field.eps(0.52, 0.5) == 1.0  # within the limit
+    assert field.eps(0.9999, 0.99) == pytest.approx(0.25 * 2 * 0.99 * 0.01 / (2 * 0.0099))
+    assert field.eps(0.1, 1e-4) == pytest.approx(0.25 * 2 * 1e-4 / (2 * 0.0999), rel=1e-3)
+
+
 class ExactBridge:
     """x0 ~ N(-a, I) and x1 ~ N(a, I), each coordinate of covariance c: the exact velocity, or x0, and E[z | xt]."""
 
