@@ -38,8 +38,10 @@ for path in sorted(glob.glob(f"{sys.argv[1]}/*/evaluation/card.json")):
         card = json.load(file)
     rows.setdefault(re.search(r"([^/]*)-\d+/evaluation", path)[1], []).append(
         (card["metrics"]["wasserstein_test"]["mean"], card["metrics"]["wasserstein_test"]["real"],
-         card["paths"]["path_energy"], card["paths"]["least"], card["paths"]["normalised"]))
-print("| source, data, coupling | W2 | W2 of real points | path energy | least | normalised |\n" + "| --- " * 6 + "|")
+         card["paths"]["path_energy"], card["paths"]["least"], card["paths"]["normalised"],
+         abs(card["paths"]["normalised"])))
+print("| source, data, coupling | W2 | W2 of real points | path energy | least | normalised | its size |\n"
+      + "| --- " * 7 + "|")
 for name, values in rows.items():
     cells = [f"{statistics.mean(v):.3g} +- {statistics.stdev(v) if len(v) > 1 else 0:.2g}" for v in zip(*values)]
     print(f"| {name.replace('-', ', ')} |", " | ".join(cells), "|")

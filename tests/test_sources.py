@@ -21,7 +21,7 @@ from command_line import read_config
 from config import PRESETS, Config, problems
 from couplings import COUPLINGS
 from data_utils import load_dataset
-from metrics import wasserstein
+from metrics import compare_points, wasserstein
 from prediction import convert_output
 from processes import GAMMAS, AroundMean, Bridge, make_process
 from sampling import SAMPLERS, WITH_GAMMA, Field, dopri5, draw, make_grid
@@ -391,6 +391,9 @@ def test_wasserstein_is_that_of_the_best_assignment():
     x, y = torch.randn(2, 60, 3, generator=torch.Generator().manual_seed(0)).double()
     cost = (torch.cdist(x, y) ** 2).numpy()
     assert wasserstein(x, y) == pytest.approx(cost[linear_sum_assignment(cost)].mean() ** 0.5, rel=1e-9)
+    data = load_dataset("eight_gaussians_far")
+    found = compare_points(torch.from_numpy(data.data[:300]) + 5, data)["wasserstein"]  # in the data's own units
+    assert found == pytest.approx(50**0.5, rel=0.15)
     assert wasserstein(x, x + 2) == pytest.approx(12**0.5) and wasserstein(x, x.flip(0)) == pytest.approx(0, abs=1e-6)
 
 
