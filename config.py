@@ -87,7 +87,7 @@ class Config:
     base: key_of("processes.BASES") = "noise"  # noise: m = 0. condition: m is the condition itself.
     base_std: PositiveFloat = 1.0  # condition: standard deviation of the base around m; foellmer has 0.
     source: Annotated[key_of("data_utils.DATASETS") | str, "sampling"] = "noise"  # x1: noise, or a data set by name.
-    gamma: key_of("processes.GAMMAS") | None = None  # Noise on the way from source, or base condition, to data.
+    gamma: key_of("processes.GAMMAS") | None = None  # Noise on the way from source to data.
     gamma_scale: PositiveFloat = 1.0  # Factor of gamma.
     coupling: key_of("couplings.COUPLINGS") = "independent"  # Which x1 goes with which data.
     T_min: float = 1e-4  # Least time, in training and sampling.
@@ -282,8 +282,8 @@ def problems(c: Config, world_size=1, guide=None):
             not 0 <= c.sigma_min < c.sigma_max,
         "source and base condition both replace the noise: use --source noise, or --base noise":
             c.source != "noise" and c.base != "noise",
-        f"gamma {c.gamma} is the noise between data and a source: use it with --source moons, for one, or with --base "
-        "condition; or use --gamma None": c.gamma and c.source == c.base == "noise",
+        f"gamma {c.gamma} is the noise between data and a source: use it with a --source, or use --gamma None":
+            c.gamma and c.source == "noise",
         "coupling sb goes with the noise of a Brownian bridge: use --gamma brownian and a --source, or --coupling ot":
             c.coupling == "sb" and (c.gamma != "brownian" or c.source == "noise"),
         "trainer regression predicts data from conditions alone: use --source noise, or --trainer diffusion":

@@ -27,7 +27,7 @@ def optimal_transport(x0, x1, label):
     """
     import ot
 
-    return ot.emd([], [], squared_distances(x0, x1)).argmax(1).to(x0.device)
+    return ot.emd([], [], squared_distances(x0, x1), 10**7).argmax(1).to(x0.device)
 
 
 def optimal_transport_within_class(x0, x1, label):
@@ -48,7 +48,7 @@ def schroedinger_bridge(x0, x1, label, gamma_scale, generator):
     import ot
 
     cost, reg = squared_distances(x0, x1), 4 * gamma_scale**2
-    _, duals = ot.emd([], [], cost, log=True)  # a start with which a few iterations suffice also for a small `reg`
+    _, duals = ot.emd([], [], cost, 10**7, log=True)  # a start from which a few iterations suffice for any `reg`
     plan = ot.sinkhorn([], [], cost, reg, "sinkhorn_log", 10, 1e-4, warn=False,
                        warmstart=(duals["u"] / reg, duals["v"] / reg))
     return torch.multinomial(plan.to(x0.device), 1, generator=generator).flatten()

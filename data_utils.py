@@ -152,8 +152,13 @@ class Dataset:
         return Cases(len(rows) * times, labels, cond, truth, times, self.start(np.repeat(rows, times)))
 
     def start(self, rows):
-        """Points of the source, those with the numbers `rows` (an array), on the network's scale; or None."""
-        return self.source and self.spec.encode(self.source[rows % len(self.source)][0])
+        """Points of the source, on the network's scale, as many as there are `rows` (an array); None without a source.
+
+        They are the partners of these items of a `given` pair, and else random.
+        """
+        if self.source:
+            rows = rows if self.source.name == self.name else random_rows(self.source, len(rows))
+            return self.spec.encode(self.source[rows][0])
 
     def __len__(self):
         return len(self.data)
@@ -491,8 +496,11 @@ def cases(dataset, num, samples_per_cond, class_conditional):
     items that are spread over it, `samples_per_cond` for each.
     """
     if not dataset.spec.cond_shape:
-        start = dataset.start(random_rows(dataset.source or dataset, num))
-        return Cases(num, spread_labels(dataset.labels, num) if class_conditional else None, start=start)
+        rows = random_rows(dataset, num)
+        labels = spread_labels(dataset.labels, num) if class_conditional else None
+        if labels is not None and dataset.source:  # a given partner may depend on it
+            labels = torch.from_numpy(dataset.labels[rows])
+        return Cases(num, labels, start=dataset.start(rows))
     rows = np.linspace(0, len(dataset) - 1, max(1, num // samples_per_cond)).astype(int)
     return dataset.cases(rows, samples_per_cond)
 

@@ -82,7 +82,7 @@ class Evaluation(Loaded):
         super().__init__(options, device)
         config, spec = self.config, self.spec
         path = options.regression
-        self.regression = run = Loaded(replace(options, ckpt=path, guide=None), device) if path else None
+        self.regression = run = Loaded(replace(options, ckpt=path, guide=None, source=None), device) if path else None
         if run and (run.config.trainer != "regression" or run.spec != spec):
             raise UserError(f"{path} is no regression for these data: train one with the settings of this run and "
                             "--trainer regression")
@@ -211,7 +211,7 @@ def path_energy(e):
     W2 is that of the source's points and the data; normalised is energy / W2^2 - 1 (Tong et al. 2023, section 6). All
     are in the data's own units.
     """
-    if e.given.start is None or len(e.spec.shape) > 1:
+    if e.given.start is None or len(e.spec.shape) > 1 or e.config.source == e.config.dataset:
         return
     steps, lengths = trajectory(e, e.given, sampler="euler").diff(dim=0), -torch.tensor(frame_times(e, e.given)).diff()
     energy = (steps.square().sum(2).mean(1) / lengths).sum().item()

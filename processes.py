@@ -383,20 +383,13 @@ GAMMAS = {
 }
 
 
-class Bridge(Process):
-    """`process` from the point m, which the network knows, with noise in between: shift = its sigma, sigma = gamma."""
-
-    def __init__(self, process: Process, gamma):
-        self.alpha, self.alpha_dot = process.alpha, process.alpha_dot
-        self.shift, self.shift_dot = process.sigma, process.sigma_dot
-        self.sigma = gamma
-
-
-class AroundMean(Bridge):
+class AroundMean(Process):
     """`process` with the base N(m, base_std^2 I): sigma -> base_std sigma, and shift = sigma."""
 
     def __init__(self, process: Process, base_std):
-        super().__init__(process, lambda t: base_std * process.sigma(t))
+        self.alpha, self.alpha_dot = process.alpha, process.alpha_dot
+        self.shift, self.shift_dot = process.sigma, process.sigma_dot
+        self.sigma = lambda t: base_std * process.sigma(t)
         self.sigma_dot = lambda t: base_std * process.sigma_dot(t)
         self.inverse = lambda log_snr: process.inverse(log_snr + 2 * math.log(base_std))
         if process.half_g2:
@@ -417,22 +410,16 @@ def make_process(process, sigma_data=0.5, base="noise", base_std=1.0, gamma=None
                  **settings) -> Process:
     """The process of this name, made with those of `settings` that it has arguments for; others are ignored.
 
-    `gamma` (a name in GAMMAS) adds the noise gamma_scale gamma(t) z. With the base condition this replaces the noise of
-    the base. Raises UserError for an unknown name, and for settings that the process refuses.
+    `gamma` (a name in GAMMAS) adds the noise gamma_scale gamma(t) z. Raises UserError for an unknown name, and for
+    settings that the process refuses.
     """
     made = call_with_settings(look_up(PROCESSES, process), settings)
-    if gamma and made.shift:
-        raise UserError(f"process {process} has noise of its own: use --gamma None, or --process rf")
-
-    def noise(t):
-        return gamma_scale * GAMMAS[gamma](t)
-
     if base == "condition" and not made.shift:
         if made.at(1.0).alpha > 0.1:
             raise UserError(f"process {process} keeps the data at t = 1, and does not reach the base condition: use a "
                             "process such as rf, or --base noise")
-        made = Bridge(made, noise) if gamma else AroundMean(made, base_std)
-    elif gamma:
-        made.gamma = noise
+        made = AroundMean(made, base_std)
+    if gamma:
+        made.gamma = lambda t: gamma_scale * GAMMAS[gamma](t)
     made.sigma_data = sigma_data
     return made

@@ -135,7 +135,7 @@ class Run:
             try:
                 return read_data(self.config, "test", self.spec)
             except UserError as error:
-                print0(f"samples are drawn for the training split: {error}")
+                print0(f"conditions of samples are those of the training split, and the source too: {error}")
         return self.dataset
 
     def cases(self, num):
@@ -165,7 +165,7 @@ class Run:
         config = self.config
         samplers = sorted({config.sampler, config.sde_sampler} - {None})
         drawn_for = self.cases(config.num_samples)
-        if config.class_conditional and drawn_for.cond is None:
+        if config.class_conditional and drawn_for.cond is None and drawn_for.start is None:
             drawn_for = drawn_for._replace(labels=torch.arange(config.num_samples) % self.spec.num_classes)
         self.net.eval()
         for weights, sampler in itertools.product(("raw", "ema"), samplers):

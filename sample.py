@@ -78,7 +78,7 @@ def load_net(path, weights, device):
 def load_guide(path, config, spec, device):
     """The averaged network at `path`, for autoguidance. Raises UserError if its data, process or prediction differ."""
     _, guide, guide_spec, _, net = load_net(path, "ema", device)
-    shared = {"model_type"} | parameters_of(make_process) | parameters_of(PROCESSES[config.process])
+    shared = {"model_type", "source"} | parameters_of(make_process) | parameters_of(PROCESSES[config.process])
     different = [name for name in vars(config) if name in shared and getattr(guide, name) != getattr(config, name)]
     if guide_spec != spec or different:
         raise UserError(f"guide {path} differs in {', '.join(different) or 'its data'}: expected a run with the same "
@@ -99,7 +99,7 @@ class Loaded:
         self.options, self.device = options, device
         self.state, config, self.spec, self.process, self.net = load_net(options.ckpt, options.weights, device)
         chosen = {name: value for name, value in vars(options).items() if hasattr(config, name) and value is not None}
-        self.config = config = replace(config, **chosen)
+        self.config = config = replace(config, **chosen, sde_sampler=None)
         for problem in problems(config, guide=options.guide):
             raise UserError(problem)
         check_settings(config)
@@ -129,9 +129,9 @@ def conditions_of(path, run):
 
 def rollout(run, given, steps):
     """Forecasts (N, steps, ...), decoded: each is drawn with the one before as its condition."""
-    if run.spec.cond_shape != run.spec.shape or run.config.corruption:
+    if run.spec.cond_shape != run.spec.shape or run.config.corruption or given.start is not None:
         raise UserError(f"rollout needs a condition like the data, such as that of --lag, and theirs are "
-                        f"{run.spec.cond_shape} and {run.spec.shape}")
+                        f"{run.spec.cond_shape} and {run.spec.shape}; and noise as --source")
     states = []
     for step in range(steps):
         seed = make_seed(run.options.seed, "rollout", step) % 2**32 if step else run.options.seed
@@ -182,7 +182,7 @@ def frames_of(run, given, states):
     """
     spec, config, process = run.spec, run.config, run.process
     points = spec.encode(states.flatten(0, 1)).reshape(states.shape)[..., [0, -1]].movedim(2, 0)  # (2, F, N)
-    settings = vars(config) | dict(net=run.net, process=process, device=run.device)
+    settings = vars(config) | dict(net=run.net, guide=run.guide, process=process, device=run.device)
     field = field_of(range(len(GRID)), spec.shape, **settings)
     depends = config.class_conditional or given.cond is not None or process.at(1.0).sigma > 1
     times = [] if depends or spec.shape != (2,) else frame_times(run, given)

@@ -23,7 +23,7 @@ from couplings import COUPLINGS
 from data_utils import load_dataset
 from metrics import compare_points, wasserstein
 from prediction import convert_output
-from processes import GAMMAS, AroundMean, Bridge, make_process
+from processes import GAMMAS, make_process
 from sampling import SAMPLERS, WITH_GAMMA, Field, dopri5, draw, make_grid
 from trainer import DiffusionTrainer
 from utils import UserError
@@ -183,16 +183,6 @@ def test_sb_draws_from_the_entropic_plan():
     orders = [COUPLINGS["ot"](x0, x1, None), COUPLINGS["sb"](x0, x1, None, gamma_scale=0.01, generator=generator)]
     least, tight = ((x0 - x1[order]).square().sum(1).mean().item() for order in orders)
     assert tight == pytest.approx(least, rel=0.1) and least < 0.2 * (x0 - x1).square().sum(1).mean()
-
-
-def test_a_bridge_from_the_condition():
-    """With the base condition, gamma is the noise around alpha x0 + sigma m."""
-    process = make_process("cosine", base="condition", gamma="sin_squared", gamma_scale=0.3)
-    assert isinstance(process, Bridge) and not isinstance(process, AroundMean) and process.gamma is None
-    c, plain = process.at(0.3), make_process("cosine").at(0.3)
-    assert c.alpha == plain.alpha and c.shift == plain.sigma and c.shift_dot == plain.sigma_dot
-    assert c.sigma == pytest.approx(0.3 * math.sin(0.3 * math.pi) ** 2)
-    assert c.sigma_dot == pytest.approx(0.3 * math.pi * math.sin(0.6 * math.pi))
 
 
 # ---- Batches
@@ -436,7 +426,6 @@ def test_contradictions(changes, words):
     (dict(process="ve"), "process ve does not lead from a source to the data.*--process rf"),
     (dict(process="edm"), "process edm does not lead from a source"),
     (dict(process="foellmer"), "process foellmer does not lead from a source"),
-    (dict(process="foellmer", gamma="brownian"), "process foellmer has noise of its own: use --gamma None"),
     (dict(model_type="score"), "model_type score is for noise alone: with a source expected velocity, x0, v$"),
     (dict(target_type="drift"), "target_type drift is for noise alone"),
     (dict(model_type="x1", target_type="x0"), "model_type x1 is for noise alone"),
