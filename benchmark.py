@@ -103,7 +103,7 @@ def train(trainer, steps):
 def bare_network(trainer):
     """A step of the network alone, on one batch that stays on the device: the backward pass, and the whole step.
 
-    Only its time counts: it takes noise to data, whatever the trainer's process and target.
+    Only its time counts: it learns ones, whatever the trainer's process and target.
     """
     batch = trainer.prepare_batch(0)
     x = formatted(trainer.config, batch.x1)
@@ -111,7 +111,7 @@ def bare_network(trainer):
     def backward(forward=trainer.forward):
         with autocast(trainer.config, trainer.device):
             out = forward(x, batch.t, batch.label, batch.cond)
-        out.square().mean().backward()
+        (out.float() - 1).square().mean().backward()
 
     def step(exchange=True):
         with contextlib.nullcontext() if exchange else trainer.ddp.no_sync():

@@ -37,8 +37,8 @@ class WithNoise(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, xt, t, label=None, cond=None):
-        return self.net(torch.cat([xt, xt], dim=1), t, label, cond)
+    def forward(self, xt, *given):
+        return self.net(torch.cat([xt, xt], dim=1), *given)
 
 
 # Steps of training, and of a sampler over all its batches, from which compiling the network pays on a GPU. It takes
@@ -100,9 +100,9 @@ def check_settings(config):
 def check_source(config, process):
     """Raises UserError for settings that do not go with a source."""
     base = process.at(1.0)
-    if not base.alpha < 0.1 < 0.9 < base.sigma < 1.1:
-        raise UserError(f"process {config.process} does not lead from a source to the data, since its alpha and sigma "
-                        f"at t = 1 are {base.alpha:.3g} and {base.sigma:.3g}, not 0 and 1: use --process rf")
+    if process.shift or not base.alpha < 0.1 < 0.9 < base.sigma < 1.1:
+        raise UserError(f"process {config.process} with base {config.base} does not lead from a source, where alpha is "
+                        "0 and sigma 1, to the data: use --process rf --base noise")
     kinds = "velocity", "x0", "v"
     for name, values in {"model_type": kinds, "target_type": kinds, "precondition": [False]}.items():
         if (value := vars(config)[name]) not in values:
@@ -112,8 +112,7 @@ def check_source(config, process):
 def check_sampler(config, process, sampler, name="sampler", fix="heun"):
     """Raises UserError if this sampler, the setting `name`, needs what coupling, source or process do not give."""
     if process.gamma and sampler not in WITH_GAMMA:
-        raise UserError(f"{name} {sampler} knows nothing of the noise of gamma {config.gamma}: use --{name} "
-                        f"{'stochastic_heun' if sampler in SDE_SAMPLERS else fix}")
+        raise UserError(f"{name} {sampler} knows nothing of the noise of gamma {config.gamma}: use --{name} {fix}")
     independent_noise = config.coupling == "independent" and config.source == "noise"
     if sampler in SDE_SAMPLERS and not (process.gamma or independent_noise):
         raise UserError(f"{name} {sampler} needs the score, which coupling {config.coupling} with source "
@@ -147,7 +146,8 @@ def build(config, spec, device):
                         "conditions, as unet.py does")
     check_condition(config, spec)
     torch.manual_seed(make_seed(config.seed, "weights"))
-    process, (C, *size) = make_process(**vars(config)), spec.shape
+    process = make_process(**vars(config))
+    C, *size = spec.shape
     net = call_with_settings(network, {**vars(config), "num_classes": num_classes, "cond_shape": cond_shape},
                              data_shape=(2 * C if process.gamma else C, *size))
     if process.gamma:

@@ -280,8 +280,6 @@ def problems(c: Config, world_size=1, guide=None):
             not 0 < c.beta_min <= c.beta_max,
         f"sigma_min {c.sigma_min} and sigma_max {c.sigma_max}: expected 0 <= sigma_min < sigma_max, as 0.002 and 80":
             not 0 <= c.sigma_min < c.sigma_max,
-        "source and base condition both replace the noise: use --source noise, or --base noise":
-            c.source != "noise" and c.base != "noise",
         f"gamma {c.gamma} is the noise between data and a source: use it with a --source, or use --gamma None":
             c.gamma and c.source == "noise",
         "coupling sb goes with the noise of a Brownian bridge: use --gamma brownian and a --source, or --coupling ot":

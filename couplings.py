@@ -47,7 +47,8 @@ def schroedinger_bridge(x0, x1, label, gamma_scale, generator):
     """
     import ot
 
-    cost, reg = squared_distances(x0, x1), 4 * gamma_scale**2
+    cost = squared_distances(x0, x1)
+    reg = 4 * gamma_scale**2
     _, duals = ot.emd([], [], cost, 10**7, log=True)  # a start from which a few iterations suffice for any `reg`
     plan = ot.sinkhorn([], [], cost, reg, "sinkhorn_log", 10, 1e-4, warn=False,
                        warmstart=(duals["u"] / reg, duals["v"] / reg))

@@ -82,15 +82,11 @@ class DataSpec:
         mean, std = scale(data, self.mean, self.std)
         return (data.float() - mean) / std
 
-    def unscaled(self, x):
-        """Samples (B, ...) on the network's scale -> float32 on the scale of the data, also of images."""
+    def decode(self, x, rounded=True):
+        """Samples (B, ...) on the network's scale -> uint8 images, `rounded` and clamped, or float32 items."""
         mean, std = scale(x, self.mean, self.std)
-        return x.float() * std + mean
-
-    def decode(self, x):
-        """Samples (B, ...) on the network's scale -> uint8 images, rounded and clamped, or float32 items."""
-        data = self.unscaled(x)
-        return data.round().clamp(0, 255).to(torch.uint8) if self.is_image else data
+        data = x.float() * std + mean
+        return data.round().clamp(0, 255).to(torch.uint8) if self.is_image and rounded else data
 
     def condition(self, cond):
         """Conditions (B, ...) as they are stored -> as the network gets them: scaled, with a last channel of ones.
@@ -497,9 +493,9 @@ def cases(dataset, num, samples_per_cond, class_conditional):
     """
     if not dataset.spec.cond_shape:
         rows = random_rows(dataset, num)
-        labels = spread_labels(dataset.labels, num) if class_conditional else None
-        if labels is not None and dataset.source:  # a given partner may depend on it
-            labels = torch.from_numpy(dataset.labels[rows])
+        labels = None
+        if class_conditional:  # a given partner may depend on the label
+            labels = torch.from_numpy(dataset.labels[rows]) if dataset.source else spread_labels(dataset.labels, num)
         return Cases(num, labels, start=dataset.start(rows))
     rows = np.linspace(0, len(dataset) - 1, max(1, num // samples_per_cond)).astype(int)
     return dataset.cases(rows, samples_per_cond)

@@ -213,9 +213,10 @@ def path_energy(e):
     """
     if e.given.start is None or len(e.spec.shape) > 1 or e.config.source == e.config.dataset:
         return
-    steps, lengths = trajectory(e, e.given, sampler="euler").diff(dim=0), -torch.tensor(frame_times(e, e.given)).diff()
+    steps = trajectory(e, e.given, sampler="euler").diff(dim=0)
+    lengths = -torch.tensor(frame_times(e, e.given)).diff()
     energy = (steps.square().sum(2).mean(1) / lengths).sum().item()
-    least = wasserstein(e.spec.unscaled(e.given.start), e.random_items(e.source, e.given.num).truth) ** 2
+    least = wasserstein(e.spec.decode(e.given.start), e.random_items(e.source, e.given.num).truth) ** 2
     e.card["paths"] = found = {"path_energy": energy, "least": least, "normalised": energy / least - 1}
     print0(f"paths       {in_words(found)}")
 

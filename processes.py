@@ -115,9 +115,8 @@ class Process:
 
     def coefs(self, t, ndim=1) -> Coefs:
         """The coefficients at t (B,), shaped to multiply a batch of `ndim` dimensions."""
-        names = ["alpha", "sigma", "alpha_dot", "sigma_dot", "half_g2", "x1_drift"]
-        names += [name for key in ("shift", "gamma") if getattr(self, key) for name in (key, f"{key}_dot")]
-        found = {name: append_dims(getattr(self, name)(t), ndim) for name in names if getattr(self, name)}
+        found = {name: append_dims(getattr(self, name)(t), ndim) for name in Coefs._fields
+                 if name != "sigma_data" and getattr(self, name.removesuffix("_dot"))}
         return Coefs(sigma_data=self.sigma_data, **found)
 
     def at(self, time) -> Coefs:

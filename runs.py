@@ -135,7 +135,7 @@ class Run:
             try:
                 return read_data(self.config, "test", self.spec)
             except UserError as error:
-                print0(f"conditions of samples are those of the training split, and the source too: {error}")
+                print0(f"starts and conditions of samples are those of the training split: {error}")
         return self.dataset
 
     def cases(self, num):

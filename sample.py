@@ -32,7 +32,7 @@ from sampling import SDE_SAMPLERS, field_of, make_grid
 from trainer import TRAINERS
 from utils import UserError, look_up, make_seed, parameters_of, row_noise, write_atomically
 
-FRAMES, PATHS = 50, 25  # most frames of a trajectory, before the samples themselves, and paths of points in it
+FRAMES = 50  # most frames of a trajectory, before the samples themselves
 GRID = torch.cartesian_prod(*2 * [torch.linspace(-2.8, 2.8, 11)])  # the points (121, 2) of its arrows
 
 
@@ -189,13 +189,13 @@ def frames_of(run, given, states):
     for k in range(len(states)):
         axes = new_figure(3, 3).subplots()
         axes.hist2d(*points[:, k], 80, range=2 * [[-3, 3]], cmap="Greys", vmax=8)
-        axes.plot(*points[:, : k + 1, :PATHS], color="tab:red", linewidth=0.5)
+        axes.plot(*points[:, : k + 1, :25], color="tab:red", linewidth=0.5)
         if times:
             velocity = field(GRID.to(run.device), times[k], "velocity").cpu() * (1 if given.reverse else -1)
             arrows = velocity / (1 + velocity.norm(dim=1, keepdim=True))
             axes.quiver(*GRID.T, *arrows.T, color="tab:blue", width=0.004, scale=14)
         axes.axis("off")
-        yield drawn(axes.figure).convert("RGB").quantize(12)
+        yield drawn(axes.figure).quantize(12)
 
 
 def save_trajectory(run, given, states, path):
@@ -227,8 +227,8 @@ def main(arguments):
                             f"{f'0 to {classes[-1]}' if classes else 'none'}")
         if options.reverse and (config.source == "noise" or config.sampler in SDE_SAMPLERS):
             raise UserError("reverse leads to the source by the ODE: it needs a run with a source, and --sampler heun")
-        if options.pairs and (spec.cond_shape or options.reverse):
-            raise UserError("pairs are those of samples without a condition: leave --pairs out, or --reverse")
+        if options.pairs and spec.cond_shape:
+            raise UserError("pairs are those of samples without a condition, and these have one: leave --pairs out")
         if options.cond:
             given = conditions_of(options.cond, run)
         elif spec.cond_shape or config.source != "noise":
@@ -250,7 +250,7 @@ def main(arguments):
         on_rank0(lambda: save_picture(picture_of(samples[:shown], cases=given, spec=spec), f"{out}.png"))
         if options.pairs:
             noise = row_noise(range(given.num), spec.shape, device, options.seed, "sample")  # as `draw` has it
-            x1 = spec.unscaled(noise().cpu() if given.start is None else given.start)
+            x1 = spec.decode(noise().cpu() if given.start is None else given.start, rounded=False)
             on_rank0(write_atomically, f"{out}_source.npz", lambda file: np.savez(file, x1))
         if options.trajectory or options.rollout:
             first = given._replace(num=min(given.num, shown or 2000))

@@ -403,17 +403,12 @@ FROM_A_POINT = ("euler_maruyama", "stochastic_heun", "predictor_corrector")
 WITH_GAMMA = ("euler", "heun", "midpoint", "rk4", "dopri5", *FROM_A_POINT)
 
 
-def taken(x, rows, device):
-    """The `rows` of x (N, ...), from the start again beyond N, on `device`. None stays None."""
-    return x if x is None else x[torch.tensor(rows) % len(x)].to(device)
-
-
 def field_of(rows, shape, device, labels=None, cond=None, base="noise", **settings):
     """The field of items of this shape for these `rows` of the labels (N,) and conditions (N, C, ...) of all.
 
     `base` (a name in BASES) makes the mean of the base of cond. `settings` may hold the other arguments of `Field`.
     """
-    label, cond = (taken(x, rows, device) for x in (labels, cond))
+    label, cond = (x if x is None else x[torch.tensor(rows) % len(x)].to(device) for x in (labels, cond))
     return call_with_settings(Field, settings, label=label, cond=cond, m=look_up(BASES, base)(cond, shape))
 
 
@@ -438,8 +433,10 @@ def draw(net, process, *, rows, shape, device, seed, sampler, sampling_steps, T_
     settings = {**settings, "process": process}
     ts, solve = make_grid(sampling_steps, T_min, T_max, grid, **settings), look_up(SAMPLERS, sampler)
     if reverse:
-        ts, denoise = ts[::-1], False
-    c_start, c_end = process.at(ts[0]), process.at(ts[-1])
+        ts = ts[::-1]
+        denoise = False
+    c_start = process.at(ts[0])
+    c_end = process.at(ts[-1])
     sampler_denoises = (denoise and grid in NOISE_LEVEL_GRIDS and "denoise" in parameters_of(solve)
                         and c_end.alpha * error_factor(c_end, settings["model_type"]) < MAX_ERROR_FACTOR)
 
@@ -447,7 +444,7 @@ def draw(net, process, *, rows, shape, device, seed, sampler, sampling_steps, T_
     def draw_batch(batch):
         noise = row_noise(batch, shape, device, seed, "sample")
         field = field_of(batch, shape, device, net=net, **settings)
-        x = c_start.sigma * noise() if start is None else taken(start, batch, device)
+        x = c_start.sigma * noise() if start is None else start[batch.start : batch.stop].to(device)
         if process.gamma:
             x = x + c_start.gamma * noise()
         x = call_with_settings(solve, {**settings, "noise": noise, "denoise": sampler_denoises}, field=field, x=x,

@@ -74,7 +74,8 @@ class DiffusionTrainer(Run):
         rows = range(config.batch_size) if coupling else self.own_rows
         rows_of = slice(rows.start, rows.stop)
         data, label, cond = self.batches(step, rows_of)
-        x0, cond = self.spec.encode(self.to_device(data)), self.to_device(cond)
+        x0 = self.spec.encode(self.to_device(data))
+        cond = self.to_device(cond)
         x1 = self.source_batches and self.spec.encode(self.to_device(self.source_batches(step, rows_of)[0]))
         label = self.to_device(label) if config.class_conditional else None
         generator = torch.Generator(self.device).manual_seed(make_seed(config.seed, "step", step))
@@ -89,7 +90,8 @@ class DiffusionTrainer(Run):
                             for x in (x0, x1, cond))
         cond = self.dataset.condition(x0, cond, uniform_rows(rows, self.device, config.seed, "corruption", step))
         noise = partial(row_noise, rows, self.spec.shape, self.device, config.seed)
-        x1 = noise("noise", step)() if x1 is None else x1
+        if x1 is None:
+            x1 = noise("noise", step)()
         z = noise("gamma", step)() if self.process.gamma else None
         if coupling:
             x1 = x1[call_with_settings(coupling, vars(config) | {"generator": generator}, x0=x0, x1=x1, label=label)]
@@ -111,9 +113,9 @@ class DiffusionTrainer(Run):
         config = self.config
         c, m = self.process.coefs(batch.t, batch.x0.ndim), BASES[config.base](batch.cond, self.spec.shape)
         known = c.alpha * batch.x0 + c.sigma * batch.x1  # xt without m and z
-        noise = 0.0 if batch.z is None else c.gamma * batch.z
+        xt = known + (c.shift * m if batch.z is None else c.gamma * batch.z)
         with autocast(config, self.device):
-            out = self.forward(formatted(config, known + c.shift * m + noise), batch.t, batch.label, batch.cond)
+            out = self.forward(formatted(config, xt), batch.t, batch.label, batch.cond)
         out, *eta = out.float().split(self.spec.shape[0], dim=1)
         out = without_mean(out, c, config.model_type, m)
         prediction = convert(out, known, c, config.model_type, config.target_type)

@@ -209,7 +209,7 @@ def test_the_test_split_as_reference(runs, tmp_path):
 
 def test_points(runs, tmp_path):
     card = evaluate(evaluation(runs, "points", tmp_path, num=300, likelihood_num=20, loss_num=100, curve=(1,)))
-    assert set(card["metrics"]) == {"energy_distance", "sliced_wasserstein", "c2st"}
+    assert set(card["metrics"]) == {"energy_distance", "sliced_wasserstein", "wasserstein", "c2st"}
     assert card["protocol"]["extractors"] == {}
     assert card["metrics"]["c2st"]["real"] < 0.6 < card["metrics"]["c2st"]["mean"]  # it was trained for four steps
     assert card["likelihood"]["items"] == 20 and "neighbours" not in card

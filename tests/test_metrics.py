@@ -126,7 +126,7 @@ def test_points_are_compared_in_units_of_the_data():
     scaled = make_dataset(data * scale.numpy(), None)
     one = Evaluator(plain, plain, CPU)(samples)
     other = Evaluator(scaled, scaled, CPU)(samples * scale)
-    assert set(one) == {"energy_distance", "sliced_wasserstein", "c2st"}
+    assert set(one) == {"energy_distance", "sliced_wasserstein", "wasserstein", "c2st"}
     for name in ("energy_distance", "sliced_wasserstein"):
         assert one[name] == pytest.approx(other[name], rel=1e-3)
     constant = make_dataset(np.concatenate([data, np.ones((3000, 1))], 1), None)

@@ -20,7 +20,7 @@ from check import likelihood_error, mixture, sde_error, worst
 from command_line import read_config
 from config import PRESETS, Config, problems
 from couplings import COUPLINGS
-from data_utils import load_dataset
+from data_utils import cases, load_dataset
 from metrics import compare_points, wasserstein
 from prediction import convert_output
 from processes import GAMMAS, make_process
@@ -296,6 +296,47 @@ def test_samples_start_from_the_test_split_of_the_source(tmp_path):
     assert all(np.abs(board - point).max(1).min() < 1e-5 for point in other)
 
 
+def test_each_sample_of_a_condition_has_a_point_of_its_own(tmp_path):
+    """Of an independent source; a given one starts all samples of a condition from the partner of its item."""
+    rng = np.random.default_rng(0)
+    for name, n in (("x", 30), ("x_test", 12)):
+        x0 = rng.normal(size=(n, 2))
+        np.savez(tmp_path / f"{name}.npz", arr_0=x0, cond=rng.normal(size=(n, 3)))
+        np.save(tmp_path / f"{name}1.npy".replace("_test1", "1_test"), x0 + 10)
+    for coupling in ("independent", "given"):
+        data = load_dataset(str(tmp_path / "x.npz"), split="test", source=str(tmp_path / "x1.npy"), coupling=coupling)
+        given = cases(data, 24, 2, False)
+        start = data.spec.decode(given.start)
+        partners = given.truth.repeat_interleave(2, 0) + 10
+        if coupling == "given":
+            torch.testing.assert_close(start, partners)
+        else:
+            assert (start != partners).any() and not torch.equal(start[::2], start[1::2])
+    trainer = trained(tmp_path, dataset=str(tmp_path / "x.npz"), source=str(tmp_path / "x1.npy"), num_training_steps=2)
+    with pytest.raises(UserError, match="rollout needs a condition like the data.*; and noise as --source"):
+        run = sample.Loaded(sample.Options(ckpt=f"{trainer.folder}/last.pt"), CPU)
+        sample.rollout(run, trainer.cases(8), 2)
+    with pytest.raises(SystemExit):
+        call(sample, trainer, tmp_path, "--pairs", True)
+
+
+def test_given_partners_keep_their_labels(tmp_path):
+    """Label and partner of an item belong together, in grids and in samples."""
+    labels = np.arange(40) % 4
+    for name in ("y", "y_test"):
+        np.savez(tmp_path / f"{name}.npz", np.random.default_rng(0).normal(size=(40, 2)), labels)
+        np.save(tmp_path / f"{name}1.npy".replace("_test1", "1_test"), np.stack([labels, labels], 1).astype(float))
+    trainer = trained(tmp_path, dataset=str(tmp_path / "y.npz"), source=str(tmp_path / "y1.npy"), coupling="given",
+                      class_conditional=True, num_training_steps=2)
+    given = trainer.cases(30)
+    torch.testing.assert_close(trainer.spec.decode(given.start)[:, 0], given.labels.float())
+    drawn = []
+    trainer.samples = lambda weights, sampler, drawn_for: drawn.append(drawn_for) or (torch.zeros(10, 2), 1.0)
+    trainer.step += 1
+    trainer.sample()
+    torch.testing.assert_close(trainer.spec.decode(drawn[0].start)[:, 0], drawn[0].labels.float())
+
+
 def test_there_and_back():
     """By the exact ODE, from the source to data and back to the same points."""
     torch.manual_seed(0)
@@ -414,7 +455,6 @@ def test_the_card_has_the_energy_of_the_paths(tmp_path, own_cache, capsys):
     (dict(gamma="brownian", source="noise"), "gamma brownian is the noise between data and a source.*--gamma None"),
     (dict(coupling="sb"), "coupling sb goes with .* Brownian bridge.*--coupling ot"),
     (dict(coupling="sb", gamma="bsquared"), "coupling sb goes with .* Brownian bridge.*--coupling ot"),
-    (dict(base="condition"), "source and base condition both replace the noise"),
     (dict(trainer="regression"), "trainer regression predicts data from conditions alone"),
 ])
 def test_contradictions(changes, words):
@@ -423,9 +463,10 @@ def test_contradictions(changes, words):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(process="ve"), "process ve does not lead from a source to the data.*--process rf"),
-    (dict(process="edm"), "process edm does not lead from a source"),
-    (dict(process="foellmer"), "process foellmer does not lead from a source"),
+    (dict(process="ve"), "process ve with base noise does not lead from a source.* to the data: use --process rf"),
+    (dict(base="condition"), "process rf with base condition does not lead from a source.*--base noise"),
+    (dict(process="edm"), "process edm with base noise does not lead from a source"),
+    (dict(process="foellmer"), "process foellmer with base noise does not lead from a source"),
     (dict(model_type="score"), "model_type score is for noise alone: with a source expected velocity, x0, v$"),
     (dict(target_type="drift"), "target_type drift is for noise alone"),
     (dict(model_type="x1", target_type="x0"), "model_type x1 is for noise alone"),
@@ -433,7 +474,7 @@ def test_contradictions(changes, words):
     (dict(sde_sampler="euler_maruyama"), "euler_maruyama needs the score, which coupling independent with source moons "
                                          ".*--sde_sampler None, or train with a --source and --gamma brownian"),
     (dict(gamma="brownian", sampler="ddim"), "sampler ddim knows nothing of the noise of gamma brownian: use.* heun"),
-    (dict(gamma="brownian", sde_sampler="ancestral"), "sde_sampler ancestral knows nothing.*stochastic_heun"),
+    (dict(gamma="brownian", sde_sampler="ancestral"), "sde_sampler ancestral knows nothing of .*--sde_sampler None"),
     (dict(gamma="brownian", T_min=0.0), "T_min 0.0: the velocity .* is not finite there; use --T_min 1e-4"),
     (dict(gamma="brownian", T_max=1.0), "T_max 1.0: the (velocity|score) .* is not finite there; use --T_max 0.9999"),
 ])
@@ -456,7 +497,6 @@ def test_data_that_do_not_go_together(tmp_path):
 
 @pytest.mark.parametrize("words, expected", [
     (["--reverse", "True", "--sampler", "euler_maruyama"], "it needs a run with a source, and --sampler heun"),
-    (["--reverse", "True", "--pairs", "True"], "leave --pairs out, or --reverse"),
     (["--source", "noise"], "gamma brownian is the noise between data and a source"),
     (["--source", "digits"], "source digits has 297 items of shape (1, 8, 8)"),
     (["--cond", "x.npy"], "cond x.npy comes without points of the source"),
