@@ -11,7 +11,7 @@ export PYTHON GPUS=1 WANDB_MODE=disabled
 sh run.sh digits --device cpu --ckpt_dir "$RUNS" --evaluate_every 130 --sample_every 0
 sh run.sh moons --device cpu --ckpt_dir "$RUNS"
 "$PYTHON" sample.py --device cpu --ckpt "$RUNS/moons/last.pt" --num 2000 --out "$RUNS/moons" --trajectory True \
-    --sampling_steps 12  # so many frames, for a small file
+    --sampling_steps 25  # so many frames, for a small file
 "$PYTHON" evaluate.py --device cpu --ckpt "$RUNS/digits/last.pt" --out "$RUNS/card" --seeds 1 --likelihood_num 0 \
     --loss_num 0 --neighbours_num 0 --curve 5 10 20 40
 
