@@ -7,7 +7,8 @@ dz = f z dt + g dW has the marginals of z = xt - shift m when f = alpha_dot / al
 delta = sigma sigma_dot - f sigma^2 (Lu et al. 2022, "DPM-Solver", section 2.1). What holds without m holds for z.
 
 The bases: `noise`, N(0, I), m = 0; and `condition`, N(m, base_std^2 I), where m is the condition itself (Albergo et al.
-2023, "Stochastic Interpolants with Data-Dependent Couplings"). With the process `foellmer` it is the point m.
+2023, "Stochastic Interpolants with Data-Dependent Couplings"). With the process `foellmer` it is the point m. If x1 is
+a point of another data set, there may be noise z on the way, as a further term gamma(t) z.
 
 To add a process, write a class with two formulas and give it a row in PROCESSES. A field of a dataclass, or an argument
 of `__init__`, that has the name of a setting of config.py gets that setting.

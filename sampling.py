@@ -45,8 +45,9 @@ class Field:
 
     `net(xt, t, label, cond)` predicts the kind `model_type` at xt = x + shift m. `label` is (B,) int64 or None, `cond`
     (B, C, ...) or None, and `m` (B, ...) the mean of the base, or 0. All predictions are about x, without the part of m
-    that is known. `calls` counts the calls of the network and of the guide. `sde_diffusion` (a name in DIFFUSIONS) and
-    the factor `sde_scale` give the eps of the SDE.
+    that is known. If the process has a gamma, E[z | xt] comes after the prediction, along the channels. `calls` counts
+    the calls of the network and of the guide. `sde_diffusion` (a name in DIFFUSIONS) and the factor `sde_scale` give
+    the eps of the SDE.
 
     Guidance: let c be the network's prediction, u that of a guide, and s = `guidance_scale`. Then u + s (c - u) is
     used. Every conversion is affine in the prediction, so the result is the same for every kind. The guide is the
