@@ -1,19 +1,20 @@
 #!/bin/sh
 # Prints the table of results.md "Go from one data set to another": sh docs/tables.sh     Some two hours on one core.
-# STEPS and SEEDS make it shorter, JOBS runs as many trainings at once, and RUNS is the folder of the runs, which are kept
-# there, and not trained again.
+# STEPS and SEEDS make it shorter, JOBS runs as many trainings at once, and RUNS is the folder of the runs, which are
+# kept there, and not trained again.
 set -eu
 cd "$(dirname "$0")/.."
-export PYTHON="${PYTHON:-python}" RUNS="${RUNS:-ckpts/tables}" STEPS="${STEPS:-5000}" WANDB_MODE=disabled OMP_NUM_THREADS=1
+export PYTHON="${PYTHON:-python}" RUNS="${RUNS:-ckpts/tables}" STEPS="${STEPS:-5000}"
+export WANDB_MODE=disabled OMP_NUM_THREADS=1
 
 run() {  # source, data, coupling, seed; sigma 0.1 in the data's units is sqrt(2) gamma_scale standard deviations
     gamma=None scale=1
     if [ "$3" = sb ]; then gamma=brownian; [ "$2" = moons_wide ] && scale=0.05 || scale=0.0082; fi
     name="$1-$2-$3-$4"
     [ -e "$RUNS/$name/evaluation/card.json" ] && return
-    "$PYTHON" main.py moons --source "$1" --dataset "$2" --coupling "$3" --seed "$4" --gamma $gamma --gamma_scale $scale \
-        --run_name "$name" --ckpt_dir "$RUNS" --device cpu --num_training_steps "$STEPS" --network plain_mlp --hidden_dim 64 \
-        --num_layers 3 --activation selu --base_lr 1e-3 --weight_decay 1e-5 --lr_schedule constant --warmup_steps 0 \
+    "$PYTHON" main.py moons --source "$1" --dataset "$2" --coupling "$3" --seed "$4" --gamma $gamma \
+        --gamma_scale $scale --run_name "$name" --ckpt_dir "$RUNS" --device cpu --num_training_steps "$STEPS" \
+        --network plain_mlp --hidden_dim 64 --num_layers 3 --activation selu --base_lr 1e-3 --weight_decay 1e-5 --lr_schedule constant --warmup_steps 0 \
         --batch_size 512 --sampler euler --sampling_steps 100 --sde_sampler None --sample_every 0 --evaluate_every 0 \
         --log_every 1000 > "$RUNS/$name.log"
     "$PYTHON" evaluate.py --ckpt "$RUNS/$name/last.pt" --out "$RUNS/$name/evaluation" --device cpu --weights raw \
