@@ -14,9 +14,9 @@ run() {  # source, data, coupling, seed; sigma 0.1 in the data's units is sqrt(2
     [ -e "$RUNS/$name/evaluation/card.json" ] && return
     "$PYTHON" main.py moons --source "$1" --dataset "$2" --coupling "$3" --seed "$4" --gamma $gamma \
         --gamma_scale $scale --run_name "$name" --ckpt_dir "$RUNS" --device cpu --num_training_steps "$STEPS" \
-        --network plain_mlp --hidden_dim 64 --num_layers 3 --activation selu --base_lr 1e-3 --weight_decay 1e-5 --lr_schedule constant --warmup_steps 0 \
-        --batch_size 512 --sampler euler --sampling_steps 100 --sde_sampler None --sample_every 0 --evaluate_every 0 \
-        --log_every 1000 > "$RUNS/$name.log"
+        --network plain_mlp --hidden_dim 64 --num_layers 3 --activation selu --base_lr 1e-3 --weight_decay 1e-5 \
+        --lr_schedule constant --warmup_steps 0 --batch_size 512 --sampler euler --sampling_steps 100 \
+        --sde_sampler None --sample_every 0 --evaluate_every 0 --log_every 1000 > "$RUNS/$name.log"
     "$PYTHON" evaluate.py --ckpt "$RUNS/$name/last.pt" --out "$RUNS/$name/evaluation" --device cpu --weights raw \
         --reference test --num 1000 --seeds 1 --likelihood_num 0 --loss_num 0 >> "$RUNS/$name.log"
 }
