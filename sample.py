@@ -7,7 +7,9 @@ labels (N,) int64 if the network takes labels, as the evaluation files of Dhariw
 a picture of the first samples. With a condition, samples are of the conditions in --cond FILE, or of test items, one
 after the other, and --rollout 20 makes the samples the conditions of the next, 20 times: arr_0 is (N, 20, ...), and
 OUT.gif shows it.
-With `--trajectory True` also OUT.gif, an animation of the first samples on their way from noise to data.
+With `--trajectory True` also OUT.gif, an animation of the first samples on their way from noise to data: of points with
+some of their paths and arrows of the velocity. With a source, samples start from its test split, and `--reverse True`
+leads back to it. `--pairs True` writes OUT_source.npz, from what each sample started.
 Sample i is a function of the seed and i, to rounding: neither the batch size nor the number of ranks changes it.
 """
 
