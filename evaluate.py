@@ -6,7 +6,8 @@ prints results side by side, if they were measured in the same way.
 Draws several sets of samples, compares them and data with a reference split, and writes a card: the numbers, and all
 that must be the same before two numbers are compared. Then come, of points from a source, the energy of their paths,
 bits per dimension of the test split, the training images nearest to samples, the loss by t, and, with --curve 5 10 20
-40, distance against network calls for all samplers at so many steps. Everything goes to a folder in `evaluation/` beside the checkpoint, and to wandb.
+40, distance against network calls for all samplers at so many steps. Everything goes to a folder in `evaluation/`
+beside the checkpoint, and to wandb.
 
 Each of PARTS is a function that adds to the card and the pictures of an `Evaluation`: to measure something else, write
 such a function and add it there. All ranks call it, each takes its share of the samples, and rank 0 writes. What is
