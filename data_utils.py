@@ -492,10 +492,10 @@ def cases(dataset, num, samples_per_cond, class_conditional):
     items that are spread over it, `samples_per_cond` for each.
     """
     if not dataset.spec.cond_shape:
-        rows = random_rows(dataset, num)
-        labels = None
-        if class_conditional:  # a given partner may depend on the label
-            labels = torch.from_numpy(dataset.labels[rows]) if dataset.source else spread_labels(dataset.labels, num)
+        if not dataset.source:
+            return Cases(num, spread_labels(dataset.labels, num) if class_conditional else None)
+        rows = random_rows(dataset, num)  # whose labels a given partner may depend on
+        labels = torch.from_numpy(dataset.labels[rows]) if class_conditional else None
         return Cases(num, labels, start=dataset.start(rows))
     rows = np.linspace(0, len(dataset) - 1, max(1, num // samples_per_cond)).astype(int)
     return dataset.cases(rows, samples_per_cond)

@@ -75,7 +75,7 @@ class Options(Drawing):
 class Evaluation(Loaded):
     """A checkpoint, its data by split, the evaluator, and what the parts write: the card, and PIL pictures by name.
 
-    Samples are drawn for `given`, labels or conditions of the split `source`. `samples` are those of the last seed,
+    Samples are drawn for `given`, labels or conditions of the split `held_out`. `samples` are those of the last seed,
     once they are drawn. Raises UserError if something of it cannot be had.
     """
 
@@ -96,8 +96,8 @@ class Evaluation(Loaded):
                 raise
             print0(f"what needs a test split is left out: {error}")
         train, reference = self.data["train"], self.data[options.reference]
-        self.source = self.data.get("test", train) if spec.cond_shape or train.source else train
-        self.given = cases(self.source, options.num, config.samples_per_cond, config.class_conditional)
+        self.held_out = self.data.get("test", train) if spec.cond_shape or train.source else train
+        self.given = cases(self.held_out, options.num, config.samples_per_cond, config.class_conditional)
         options.num, times = self.given.num, self.given.times
         if options.num < LEAST * times:
             raise UserError(f"{options.num} samples are those of {options.num // times} conditions: expected {LEAST} "
@@ -217,7 +217,7 @@ def path_energy(e):
     steps = trajectory(e, e.given, sampler="euler", denoise=False).diff(dim=0)
     lengths = -torch.tensor(frame_times(e, e.given)).diff()
     energy = (steps.square().sum(2).mean(1) / lengths).sum().item()
-    least = wasserstein(e.spec.decode(e.given.start), e.random_items(e.source, e.given.num).truth) ** 2
+    least = wasserstein(e.spec.decode(e.given.start), e.random_items(e.held_out, e.given.num).truth) ** 2
     e.card["paths"] = found = {"path_energy": energy, "least": least, "normalised": energy / least - 1}
     print0(f"paths       {in_words(found)}")
 
@@ -234,7 +234,8 @@ def forecasts(e):
     given, spec, config = e.given, e.spec, e.config
     if given.cond is None:
         return
-    found, one = {}, cases(e.source, len(given.truth), 1, config.class_conditional)  # one sample of each condition
+    found = {}
+    one = cases(e.held_out, len(given.truth), 1, config.class_conditional)  # one sample of each condition
     if spec.cond_has_channels:
         found["persistence" if config.lag else "condition"] = spec.decode(first_channels(one.cond, spec.shape))
     if e.regression:
@@ -244,7 +245,7 @@ def forecasts(e):
         values = {} if name == "samples" else e.evaluator(samples, one.labels, one.truth)
         if config.corruption and "uniform" not in parameters_of(CORRUPTIONS[config.corruption]):
             cond = given.cond[:: given.num // len(samples), :-1]
-            error = e.source.corruption(spec.encode(samples), uniform=None) - cond
+            error = e.held_out.corruption(spec.encode(samples), uniform=None) - cond
             values["consistency"] = root_mean_square(error)
         if values:
             e.card["forecasts"][name] = values
@@ -263,7 +264,8 @@ def forecasts(e):
 
 def likelihood(e):
     """Bits per dimension of test images, or nats of test vectors in the data's own units: mean and standard error."""
-    test, spec = e.data.get("test"), e.spec
+    test = e.data.get("test")
+    spec = e.spec
     known = e.config.trainer != "regression" and e.process.at(e.config.T_max).sigma > 0  # there is none at a point
     if e.config.source != "noise":
         return print0("likelihood is left out: the density of a source is not known; what is known is its change along "
@@ -282,7 +284,8 @@ def likelihood(e):
             parts.append(log_p.cpu())
             progress.update(len(log_p))
     log_p = gather_rows(torch.cat(parts)).double()
-    name, values = "nats", np.log(spec.std).mean() * dims - log_p
+    name = "nats"
+    values = np.log(spec.std).mean() * dims - log_p
     if spec.is_image:
         name, values = "bits_per_dim", bits_per_dim(log_p, dims, bin_width)
     e.card["likelihood"] = found = {"items": len(values), name: values.mean().item(),

@@ -182,7 +182,9 @@ def frames_of(run, given, states):
     Of more than two coordinates the first and the last are drawn. Arrows are as long as the velocity where it is small,
     and at most 1. There are none if the velocity depends on more than the point, or `trajectory` changes the scale.
     """
-    spec, config, process = run.spec, run.config, run.process
+    spec = run.spec
+    config = run.config
+    process = run.process
     points = spec.encode(states.flatten(0, 1)).reshape(states.shape)[..., [0, -1]].movedim(2, 0)  # (2, F, N)
     settings = vars(config) | dict(net=run.net, guide=run.guide, process=process, device=run.device)
     field = field_of(range(len(GRID)), spec.shape, **settings)
