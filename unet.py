@@ -1,15 +1,16 @@
-"""A U-Net for images: `net(xt, t, label, cond)` maps xt (B, C, H, W) to an output of the same shape.
+"""A U-Net for images: `net(xt, t, label, cond, s)` maps xt (B, C, H, W) to an output of the same shape.
 
-t is (B,), and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. cond is an image
-(B, C', h, w), enlarged and given to the first layer beside xt, or attributes (B, C'), which enter where the label does;
-its last channel is 1. All zeros mean "no condition", as None does. This is the network of Ho et al. 2020 (DDPM) with
-the residual blocks of Dhariwal & Nichol 2021 (ADM). Time and label scale and shift the output of the second norm of
-each block. There is self-attention in the middle, and at chosen resolutions. The last layers of each block, of each
-attention and of the network start at zero.
+t is (B,), and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. s is (B,) for a
+network of two times: see flow_maps.py. cond is an image (B, C', h, w), enlarged and given to the first layer beside xt,
+or attributes (B, C'), which enter where the label does; its last channel is 1. All zeros mean "no condition", as None
+does. This is the network of Ho et al. 2020 (DDPM) with the residual blocks of Dhariwal & Nichol 2021 (ADM). Time and
+label scale and shift the output of the second norm of each block. There is self-attention in the middle, and at chosen
+resolutions. The last layers of each block, of each attention and of the network start at zero.
 
 To use another network, write a class with the same call, and give it a row in NETWORKS of build.py.
 """
 
+import copy
 import math
 
 import torch
@@ -41,28 +42,35 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-def time_features(t, dim):
-    """(B,) -> (B, dim): cosines and sines of 1000 t at geometric frequencies, from 1 down to nearly 1e-4.
+def time_features(t, dim, fastest=1000):
+    """(B,) -> (B, dim): cosines and sines of t at geometric frequencies, from `fastest` down to nearly 1e-4 of it.
 
     (Vaswani et al. 2017, section 3.5.)
     """
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = 1000 * t.float()[:, None] * frequencies
+    angles = fastest * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class Conditioning(nn.Module):
-    """t (B,), label (B,) or None and attributes (B, A) or None -> one vector (B, dim) that every block reads."""
+    """t (B,), label (B,) or None and attributes (B, A) or None -> one vector (B, dim) that every block reads.
 
-    def __init__(self, features, dim, num_classes, attributes):
+    A network of two times is differentiated in them, so that their features are slower; it also gets s (B,), as t - s.
+    """
+
+    def __init__(self, features, dim, num_classes, attributes, second_time=False):
         super().__init__()
         self.features = features
+        self.fastest = 10 if second_time else 1000
         self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.span = copy.deepcopy(self.mlp) if second_time else None
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None  # the last row: no label
         self.attributes = nn.Linear(attributes, dim, bias=False) if attributes else None
 
-    def forward(self, t, label, attributes):
-        emb = self.mlp(time_features(t, self.features))
+    def forward(self, t, label, attributes, s=None):
+        emb = self.mlp(time_features(t, self.features, self.fastest))
+        if self.span:
+            emb = emb + self.span(time_features(t - s, self.features, self.fastest))
         if self.label:
             emb = emb + (self.label.weight[-1] if label is None else self.label(label))
         if self.attributes and attributes is not None:
@@ -149,7 +157,7 @@ class UNet(nn.Module):
     """
 
     def __init__(self, data_shape, num_classes=0, model_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2,
-                 attention_resolutions=(16,), dropout=0.0, cond_shape=()):
+                 attention_resolutions=(16,), dropout=0.0, cond_shape=(), second_time=False):
         super().__init__()
         if len(data_shape) != 3:
             raise UserError(f"unet takes images, not data of shape {tuple(data_shape)}: use --network mlp")
@@ -166,7 +174,8 @@ class UNet(nn.Module):
         emb_dim = 4 * model_channels
         attributes = cond_shape[0] if len(cond_shape) == 1 else 0
         self.cond_channels = cond_shape[0] if len(cond_shape) == 3 else 0
-        self.conditioning = Conditioning(2 * (model_channels // 2), emb_dim, num_classes, attributes)
+        self.conditioning = Conditioning(2 * (model_channels // 2), emb_dim, num_classes, attributes,
+                                         second_time)
 
         def block(channels_in, channels, level):
             attention = [Attention(channels)] if sides[level] in attention_resolutions else []
@@ -200,8 +209,8 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(channels)
         self.out = zero(conv3x3(channels, C))
 
-    def forward(self, xt, t, label=None, cond=None):
-        emb = self.conditioning(t, label, cond)  # (B, emb_dim)
+    def forward(self, xt, t, label=None, cond=None, s=None):
+        emb = self.conditioning(t, label, cond, s)  # (B, emb_dim)
         if self.cond_channels:
             given = xt.new_zeros(len(xt), self.cond_channels, 1, 1) if cond is None else cond
             xt = torch.cat([xt, enlarged(given, xt.shape[2:])], dim=1)
