@@ -15,6 +15,7 @@ from config import Config
 from couplings import COUPLINGS
 from data_utils import load_dataset
 from distributed import all_or_none, gather_rows, print0, rank0_first, share
+from flow_maps import FlowMap
 from logging_utils import Progress
 from mlp import MLP, PlainMLP
 from prediction import Preconditioned, convert, loss_weight, target
@@ -111,6 +112,9 @@ def check_source(config, process):
 
 def check_sampler(config, process, sampler, name="sampler", fix="heun"):
     """Raises UserError if this sampler, the setting `name`, needs what coupling, source or process do not give."""
+    if sampler == "flow_map" and not config.objective:
+        raise UserError(f"{name} flow_map needs a network that was trained as one: use --{name} {fix}, or train with "
+                        "--objective lagrangian")
     if process.gamma and sampler not in WITH_GAMMA:
         raise UserError(f"{name} {sampler} knows nothing of the noise of gamma {config.gamma}: use --{name} {fix}")
     independent_noise = config.coupling == "independent" and config.source == "noise"
@@ -144,18 +148,24 @@ def build(config, spec, device):
     if cond_shape and "cond_shape" not in parameters_of(network):
         raise UserError(f"the data have a condition, but network {config.network} takes no cond_shape: let it take "
                         "conditions, as unet.py does")
+    if config.objective and "second_time" not in parameters_of(network):
+        raise UserError(f"objective {config.objective} needs a network of two times, and {config.network} takes no "
+                        "second_time: let it take s, as mlp.py does")
     check_condition(config, spec)
     torch.manual_seed(make_seed(config.seed, "weights"))
     process = make_process(**vars(config))
     C, *size = spec.shape
-    net = call_with_settings(network, {**vars(config), "num_classes": num_classes, "cond_shape": cond_shape},
-                             data_shape=(2 * C if process.gamma else C, *size))
+    settings = {**vars(config), "num_classes": num_classes, "cond_shape": cond_shape,
+                "second_time": config.objective is not None}
+    net = call_with_settings(network, settings, data_shape=(2 * C if process.gamma else C, *size))
     if process.gamma:
         net = WithNoise(net)
     if config.precondition:
         net = Preconditioned(net, process)
+    if config.objective:
+        net = FlowMap(net)
     # of the parameters, only those of convolutions have such a format
-    return process, net.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    return process, net.to(device, memory_format=memory_format(config))
 
 
 def check_condition(config, spec):
@@ -193,9 +203,14 @@ def compiles(config, device, steps, enough):
     return True
 
 
+def memory_format(config):
+    """That of images: channels_last, if the settings say so; but torch's group norm has no forward mode for it."""
+    return torch.channels_last if config.channels_last and not config.objective else torch.contiguous_format
+
+
 def formatted(config, x):
-    """A batch as the network gets it: images (B, C, H, W) in channels_last, if the settings say so; else as it is."""
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and config.channels_last else x
+    """A batch as the network gets it: images (B, C, H, W) in their memory format; others as they are."""
+    return x.contiguous(memory_format=memory_format(config)) if x.ndim == 4 else x
 
 
 def read_data(config, split="train", spec=None):
@@ -230,12 +245,12 @@ def draw_all(config, spec, process, net: nn.Module, device, cases, sampler, guid
     def watched(net):
         forward = torch.compile(net) if compiled else net
 
-        def network(xt, t, label, cond):
+        def network(xt, t, label, cond, *s):
             if number := stop_requested():  # in training, which defers signals
                 raise UserError(f"stopped by {signal_name(number)}")
             progress.update()
             with autocast(config, device):
-                return forward(formatted(config, xt), t, label, cond)
+                return forward(formatted(config, xt), t, label, cond, *s)
 
         return network
 

@@ -13,6 +13,7 @@ To add a check, write such a function and give it a row in CHECKS; for a new sam
 
 import math
 import sys
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from torch import Tensor
 from likelihood import PROBES, flow, log_likelihood
 from prediction import PREDICTIONS, convert, row, without_mean
 from processes import PROCESSES, FromFunctions, make_process
-from sampling import DIFFUSIONS, FROM_A_POINT, SAMPLERS, WITH_GAMMA, Field, dopri5, make_grid
+from sampling import DIFFUSIONS, FROM_A_POINT, SAMPLERS, WITH_GAMMA, Field, dopri5, flow_map, make_grid
+from utils import append_dims
 
 T_MIN, T_MAX = 1e-4, 0.9999
 TIMES = torch.linspace(T_MIN, T_MAX, 999, dtype=torch.float64)
@@ -68,14 +70,20 @@ class GaussianMixture:
         log_w = self.log_weights[-1 if label is None else label.clamp(max=len(self.weights))]
         return c, y, variance, log_w + log_p
 
-    def __call__(self, xt, t, label=None, cond=None):
-        """The prediction at xt (B, ...), in the type of xt.
+    def __call__(self, xt, t, label=None, cond=None, s=None):
+        """The prediction at xt (B, ...), in the type of xt. With s, that of one Gaussian's flow map: see flow_maps.py.
 
         `cond` (B, D + 1) holds m, the mean of the base, on which x0 does not depend, and ones; None: m is 0.
         """
+        m = 0.0 if cond is None else cond[:, :-1]
+        c, c_s = (None if time is None else self.process.coefs(torch.as_tensor(time, dtype=torch.float64), xt.ndim)
+                  for time in (t, s))
+        if s is not None:
+            span = append_dims(s - t, xt.ndim)
+            there = self.flow(xt - c.shift * m, t, s) + c_s.shift * m
+            average = (there - xt) / torch.where(span == 0, 1, span)
+            return torch.where(span == 0, self(xt, t, label, cond), average).to(xt.dtype)
         if cond is not None:
-            m = cond[:, :-1]
-            c = self.process.coefs(torch.as_tensor(t, dtype=torch.float64), 2)
             return without_mean(self(xt - c.shift * m, t, label), c, self.kind, -m).to(xt.dtype)
         c, y, variance, log_p = self.components(xt, t, label)
         p, q = row(self.kind, c)
@@ -204,12 +212,12 @@ def order_error(process, sampler):
     return abs(math.log(few / many, 4) - ORDERS[sampler])
 
 
-def dopri5_error(process):
-    """dopri5 with tolerance 1e-8 against the exact flow of one Gaussian, from sigma / alpha = 4 to 0.15, relative."""
+def flow_error(process, solve):
+    """A sampler's three steps against the exact flow of one Gaussian, from sigma / alpha = 4 to 0.15, relative."""
     data = mixture(process)
     one = GaussianMixture(process, "velocity", data.means[:1], data.covariances[:1])
     field, x, high, low = start(one, 64, 4.0, 0.15)
-    return worst([(dopri5(field, x, [high, low], rtol=1e-8, atol=1e-8), one.flow(x, high, low))])
+    return worst([(solve(field, x, make_grid(3, low, high)), one.flow(x, high, low))])
 
 
 def sde_error(process, sampler, n=4000):
@@ -270,7 +278,9 @@ CHECKS = {
     "times of a log-SNR, there and back, float64, relative error": (time_error, 1e-9),
     "every conversion, there and back, against the exact prediction, relative error": (conversion_error, 1e-9),
     **{f"{name}: distance of its order from {n}": (order_error, 0.2, name) for name, n in ORDERS.items()},
-    "dopri5, tolerance 1e-8, against the exact flow, relative error": (dopri5_error, 1e-6),
+    "dopri5, tolerance 1e-8, against the exact flow, relative error":
+        (flow_error, 1e-6, partial(dopri5, rtol=1e-8, atol=1e-8)),
+    "flow_map, 3 steps of the exact map, against the exact flow, relative error": (flow_error, 1e-9, flow_map),
     **{f"{name}, {n} steps: mean, covariance, weights, standard errors": (sde_error, 4.0, name)
        for name, n in STEPS.items()},
     "log-likelihood, exact trace, there and back, nats": (likelihood_error, 1e-3),
@@ -284,7 +294,7 @@ COLUMNS = PROCESSES | {"rf, base condition": lambda: make_process("rf", base="co
                        "rf, gamma brownian": lambda: make_process("rf", gamma="brownian", gamma_scale=0.5)}
 
 
-NOISE_ALONE = {conversion_error, dopri5_error, *SAMPLERS.keys() - WITH_GAMMA}  # what is not for data as x1
+NOISE_ALONE = {conversion_error, flow_error, *SAMPLERS.keys() - WITH_GAMMA}  # what is not for data as x1
 
 
 def applies(process, *check):

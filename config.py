@@ -110,10 +110,13 @@ class Config:
     time_beta_a: PositiveFloat = 1.0  # beta: first parameter of the Beta distribution; larger means more noise.
     time_beta_b: PositiveFloat = 2.0  # beta: second parameter; larger means less noise.
     mode_scale: Annotated[float, Within("[-1, 1.75]")] = 1.29  # mode: above 0 prefers the middle, below 0 the ends.
+    objective: key_of("flow_maps.OBJECTIVES") | None = None  # Learn a flow map by this, for few steps of flow_map.
+    off_diagonal: Annotated[float, Within("[0, 1]")] = 0.5  # Share of a batch with two times t > s; the rest has s = t.
+    off_diagonal_warmup: NonNegativeInt = 0  # Steps in which this share rises linearly from 0.
     trainer: key_of("trainer.TRAINERS") = "diffusion"  # Class that makes batches and takes their loss.
 
     # ---- Network
-    network: key_of("build.NETWORKS") = "unet"  # Architecture, called as net(xt, t, label, cond).
+    network: key_of("build.NETWORKS") = "unet"  # Architecture, called as net(xt, t, label, cond, s).
     model_channels: Annotated[int, Within("[2, inf)")] = 128  # unet: channels at full resolution.
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # unet: multiples of model_channels, one for each resolution.
     num_res_blocks: PositiveInt = 2  # unet: residual blocks at each resolution.
@@ -286,6 +289,10 @@ def problems(c: Config, world_size=1, guide=None):
             c.coupling == "sb" and (c.gamma != "brownian" or c.source == "noise"),
         "trainer regression predicts data from conditions alone: use --source noise, or --trainer diffusion":
             c.trainer == "regression" and c.source != "noise",
+        "objective is for --model_type velocity --target_type velocity --precondition False --gamma None --trainer "
+        "diffusion: use these, or --objective None":
+            c.objective and (c.model_type, c.target_type, c.precondition, c.gamma, c.trainer)
+            != ("velocity", "velocity", False, None, "diffusion"),
         "coupling ot_within_class needs labels: use --class_conditional True, or --coupling ot":
             c.coupling == "ot_within_class" and not c.class_conditional,
         f"guidance_scale {c.guidance_scale} needs a network that was trained without labels or condition too: train "

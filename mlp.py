@@ -1,8 +1,9 @@
-"""A residual MLP for vectors: `net(xt, t, label, cond)` maps xt (B, D) to an output of the same shape.
+"""A residual MLP for vectors: `net(xt, t, label, cond, s)` maps xt (B, D) to an output of the same shape.
 
 t is (B,), and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. cond is (B, C),
-with 1 in its last column; zeros mean "no condition", as None does. The first layer is a sum: of a linear layer of xt
-and cond, a linear layer of sines and cosines of t at geometric frequencies, and a learned vector of the label.
+with 1 in its last column; zeros mean "no condition", as None does. s is (B,) for a network of two times: see
+flow_maps.py. The first layer is a sum: of a linear layer of xt and cond, a linear layer of sines and cosines of t at
+geometric frequencies, one of t - s, and a learned vector of the label.
 
 `PlainMLP` is what papers on points in the plane use: a few linear layers of xt and t itself.
 
@@ -34,13 +35,14 @@ class MLP(nn.Module):
     """
 
     def __init__(self, data_shape, num_classes=0, hidden_dim=256, num_layers=4, dropout=0.0, cond_shape=(),
-                 activation="silu"):
+                 activation="silu", second_time=False):
         super().__init__()
         check_vectors(data_shape, cond_shape)
         activation = ACTIVATIONS[activation]
         self.register_buffer("frequencies", math.pi * torch.logspace(-1, 6, 32, base=2.0), persistent=False)
         self.data = nn.Linear(data_shape[0] + sum(cond_shape), hidden_dim)
         self.time = nn.Linear(2 * len(self.frequencies), hidden_dim)
+        self.span = nn.Linear(2 * len(self.frequencies), hidden_dim) if second_time else None
         self.label = nn.Embedding(num_classes + 1, hidden_dim) if num_classes else None  # the last row: no label
         self.layers = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, hidden_dim), activation(),
@@ -49,11 +51,16 @@ class MLP(nn.Module):
         )
         self.out = nn.Sequential(nn.LayerNorm(hidden_dim), activation(), zero(nn.Linear(hidden_dim, data_shape[0])))
 
-    def forward(self, xt, t, label=None, cond=None):
+    def features(self, t):
         angles = t[:, None] * self.frequencies  # (B, 32)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    def forward(self, xt, t, label=None, cond=None, s=None):
         if missing := self.data.in_features - xt.shape[1]:
             xt = torch.cat([xt, xt.new_zeros(len(xt), missing) if cond is None else cond], dim=1)
-        h = self.data(xt) + self.time(torch.cat([angles.cos(), angles.sin()], dim=1))  # (B, hidden_dim)
+        h = self.data(xt) + self.time(self.features(t))  # (B, hidden_dim)
+        if self.span:
+            h = h + self.span(self.features(t - s))
         if self.label is not None:
             h = h + (self.label.weight[-1] if label is None else self.label(label))
         for layer in self.layers:
@@ -62,17 +69,17 @@ class MLP(nn.Module):
 
 
 class PlainMLP(nn.Module):
-    """`num_layers` linear layers, each with an activation, of xt and t, and a last linear layer, without labels.
+    """`num_layers` linear layers, each with an activation, of xt, t and s, and a last linear layer, without labels.
 
     Raises UserError for data that are no vectors.
     """
 
-    def __init__(self, data_shape, hidden_dim=64, num_layers=3, activation="selu"):
+    def __init__(self, data_shape, hidden_dim=64, num_layers=3, activation="selu", second_time=False):
         super().__init__()
         check_vectors(data_shape)
-        widths = [data_shape[0] + 1, *num_layers * [hidden_dim]]
+        widths = [data_shape[0] + 1 + second_time, *num_layers * [hidden_dim]]
         layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), ACTIVATIONS[activation]())]
         self.layers = nn.Sequential(*layers, nn.Linear(hidden_dim, data_shape[0]))
 
-    def forward(self, xt, t, label=None, cond=None):
-        return self.layers(torch.cat([xt, t[:, None]], dim=1))
+    def forward(self, xt, t, label=None, cond=None, *s):
+        return self.layers(torch.column_stack([xt, t, *s]))

@@ -80,7 +80,8 @@ def load_net(path, weights, device):
 def load_guide(path, config, spec, device):
     """The averaged network at `path`, for autoguidance. Raises UserError if its data, process or prediction differ."""
     _, guide, guide_spec, _, net = load_net(path, "ema", device)
-    shared = {"model_type", "source"} | parameters_of(make_process) | parameters_of(PROCESSES[config.process])
+    shared = {"model_type", "source", "objective"} | parameters_of(make_process)
+    shared |= parameters_of(PROCESSES[config.process])
     different = [name for name in vars(config) if name in shared and getattr(guide, name) != getattr(config, name)]
     if guide_spec != spec or different:
         raise UserError(f"guide {path} differs in {', '.join(different) or 'its data'}: expected a run with the same "
@@ -160,10 +161,10 @@ def trajectory(run, given, **changes):
     """
     states, recording = {}, copy.copy(run)
 
-    def recorded(xt, t, label, cond):
+    def recorded(xt, t, label, cond, *s):
         time = t[0].item()
         states[time] = run.spec.decode(xt / run.process.at(time).sigma.clamp(min=1)).cpu()
-        return run.net(xt, t, label, cond)
+        return run.net(xt, t, label, cond, *s)
 
     recording.net = recorded
     samples, _ = recording.draw(given, compile=False, sampling_batch_size=given.num, **changes)

@@ -89,16 +89,20 @@ class Field:
         loses_x0 = end.sigma * error_factor(end, self.model_type) > MAX_ERROR_FACTOR
         self.latest = self.process.time(torch.tensor(-2 * math.log(LATEST_RATIO))).item() if loses_x0 else math.inf
 
-    def predict(self, x, time, guided_at):
+    def predict(self, x, time, guided_at, until=None):
         """The network's prediction, of kind model_type, at x (B, ...) and one time, in the type of x.
 
-        Guidance acts as at the time `guided_at`.
+        Guidance acts as at the time `guided_at`. Of a flow map, it is the average velocity from `time` to `until`.
         """
-        t, c = x.new_full((len(x),), time), self.process.at(time)
+        c = self.process.at(time)
+        times = [x.new_full((len(x),), each) for each in (time, until) if each is not None]
+        if until is not None:
+            c = c._replace(shift_dot=(self.process.at(until).shift - c.shift) / (until - time))
 
         def call(net, label, cond, m):
             self.calls += 1
-            return without_mean(net(x + c.shift * m, t, label, cond).to(x.dtype), c, self.model_type, m)
+            out = net(x + c.shift * m, times[0], label, cond, *times[1:])
+            return without_mean(out.to(x.dtype), c, self.model_type, m)
 
         out = call(self.net, *self.given)
         # edm_churn may go beyond t = 1
@@ -298,6 +302,14 @@ def dpmpp_2m(field, x, ts):
     return x
 
 
+@torch.no_grad()
+def flow_map(field, x, ts):
+    """Jumps of a flow map: n network calls. It is exact in any number of steps, if the network is: see flow_maps.py."""
+    for t, t_next in pairwise(ts):
+        x = x + (t_next - t) * field.predict(x, t, t, t_next)
+    return x
+
+
 # ---- Samplers of the SDE. `noise(x)` returns standard normal noise in the shape of x.
 # The last step is one of the ODE (edm_churn first adds noise), since no later step could remove its noise.
 
@@ -391,7 +403,7 @@ def edm_churn(field, x, ts, noise=torch.randn_like, churn=30.0, churn_min=0.01, 
 
 ODE_SAMPLERS = {
     "euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4, "ddim": ddim, "dpmpp_2m": dpmpp_2m,
-    "dopri5": dopri5,
+    "dopri5": dopri5, "flow_map": flow_map,
 }
 SDE_SAMPLERS = {
     "euler_maruyama": euler_maruyama, "stochastic_heun": stochastic_heun, "predictor_corrector": predictor_corrector,

@@ -21,6 +21,7 @@ from config import Config
 from couplings import COUPLINGS
 from data_utils import Batches, Dataset, uniform_rows
 from distributed import agreed_stop, on_rank0, print0, rank, share, world_size
+from flow_maps import residual
 from optimizers import learning_rate, take_step
 from prediction import convert, loss_weight, target, without_mean
 from processes import BASES, RectifiedFlow
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
     label: Tensor | None  # (B,) int64
     cond: Tensor | None  # (B, ...) what the network sees of the condition
     z: Tensor | None = None  # (B, ...) noise, where the process has a gamma
+    s: Tensor | None = None  # (B,) the second time, of a flow map
 
     def rows(self, rows):
         return Batch(*(None if x is None else x[rows.start : rows.stop] for x in self))
@@ -102,7 +104,16 @@ class DiffusionTrainer(Run):
         if config.cond_dropout:
             cond = cond * append_dims(hidden >= config.cond_dropout, cond.ndim)
         importance = self.time_sampler.importance(t) if config.importance_weights else torch.ones_like(t)
-        batch = Batch(x0, x1, t, importance, label, cond, z)
+        s = None
+        if config.objective:
+            share = config.off_diagonal * min(1, step / max(config.off_diagonal_warmup, 1))
+            chosen = (torch.arange(rows.start, rows.stop + 1, device=self.device) * share).floor().diff() > 0
+            other = self.time_sampler(config.batch_size, self.device, generator)[rows_of]
+            if config.importance_weights:
+                importance = torch.where(chosen, self.time_sampler.importance(other), 1) * importance
+            other = torch.where(chosen, other, t)
+            t, s = torch.maximum(t, other), torch.minimum(t, other)
+        batch = Batch(x0, x1, t, importance, label, cond, z, s)
         return batch.rows(self.own_rows) if coupling else batch
 
     def loss(self, batch: Batch):
@@ -112,17 +123,27 @@ class DiffusionTrainer(Run):
         """
         config = self.config
         c, m = self.process.coefs(batch.t, batch.x0.ndim), BASES[config.base](batch.cond, self.spec.shape)
+        weight = loss_weight(c, **vars(config)).flatten()
         known = c.alpha * batch.x0 + c.sigma * batch.x1  # xt without m and z
         xt = known + (c.shift * m if batch.z is None else c.gamma * batch.z)
+        if config.objective:
+            velocity = target("velocity", c, batch.x0, batch.x1) + c.shift_dot * m
+            error = residual(config.objective, partial(self.average_velocity, batch), xt, batch.t, batch.s, velocity)
+            return weight * error.square().flatten(1).mean(1)
         with autocast(config, self.device):
             out = self.forward(formatted(config, xt), batch.t, batch.label, batch.cond)
         out, *eta = out.float().split(self.spec.shape[0], dim=1)
         out = without_mean(out, c, config.model_type, m)
         prediction = convert(out, known, c, config.model_type, config.target_type)
-        weight = loss_weight(c, **vars(config)).flatten()
         error = prediction - target(config.target_type, c, batch.x0, batch.x1)
         loss = weight * error.square().flatten(1).mean(1)
         return loss + (eta[0] - batch.z).square().flatten(1).mean(1) if eta else loss
+
+    def average_velocity(self, batch: Batch, xt, t, s, tangents=None):
+        """The network's prediction as a flow map, for the labels and conditions of this batch: see flow_maps.py."""
+        forward = self.forward if torch.is_grad_enabled() else self.net  # DDP exchanges gradients for one call
+        with autocast(self.config, self.device):
+            return forward(formatted(self.config, xt), t, batch.label, batch.cond, s, tangents)
 
     # ---- Training
 

@@ -48,7 +48,7 @@ def time_features(t, dim, fastest=1000):
     (Vaswani et al. 2017, section 3.5.)
     """
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = fastest * t.float()[:, None] * frequencies
+    angles = fastest * t[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

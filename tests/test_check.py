@@ -35,7 +35,7 @@ def test_mathematics(process, name):
 
 def test_every_sampler_is_checked():
     """A new one needs a row in ORDERS or STEPS of check.py."""
-    assert ORDERS.keys() | {"dopri5"} == ODE_SAMPLERS.keys() and STEPS.keys() == SDE_SAMPLERS.keys()
+    assert ORDERS.keys() | {"dopri5", "flow_map"} == ODE_SAMPLERS.keys() and STEPS.keys() == SDE_SAMPLERS.keys()
 
 
 @pytest.mark.parametrize("function, bound, arguments", [

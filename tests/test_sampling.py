@@ -93,15 +93,15 @@ def test_every_kind_of_prediction_gives_the_same_samples(process, sampler):
         torch.testing.assert_close(samples(kind), expected, rtol=1e-8, atol=1e-8, msg=kind)
 
 
-CALLS = {"euler": 6, "heun": 11, "midpoint": 12, "rk4": 24, "ddim": 6, "dpmpp_2m": 6, "euler_maruyama": 6,
-         "stochastic_heun": 11, "predictor_corrector": 11, "ancestral": 6, "edm_churn": 11}
+CALLS = {"euler": 6, "heun": 11, "midpoint": 12, "rk4": 24, "ddim": 6, "dpmpp_2m": 6, "flow_map": 6,
+         "euler_maruyama": 6, "stochastic_heun": 11, "predictor_corrector": 11, "ancestral": 6, "edm_churn": 11}
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "dopri5"])
 def test_network_calls(sampler):
     times, net = [], mixture(PROCESSES["rf"]())
 
-    def counted(x, t, label, cond=None):
+    def counted(x, t, label, cond=None, s=None):
         times.append(t[0].item())
         return net(x, t)
 
@@ -480,7 +480,7 @@ def test_one_call_without_guidance(label, scale):
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_rows_do_not_depend_on_the_batch(sampler):
     process = PROCESSES["rf"]()
-    net = mixture(process)
+    net = mixture(process) if sampler != "flow_map" else gaussian(process, dims=2)  # whose map is known
     settings = {**SETTINGS, "sampler": sampler, "shape": (2,), "device": "cpu", "churn_max": 10.0}
 
     def samples(rows, batch_size, seed=1):
