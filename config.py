@@ -237,6 +237,9 @@ PRESETS = {
         evaluation_samples=5000,
     ),
 }
+PRESETS["digits_flow_map"] = PRESETS["digits"] | dict(
+    objective="progressive", time_sampler="uniform", sampler="flow_map", sampling_steps=2, sde_sampler=None,
+)
 PRESETS["moons_to_eight_gaussians"] = PRESETS["moons"] | dict(
     dataset="eight_gaussians_far", source="moons_far", gamma="brownian", gamma_scale=0.3, num_training_steps=2000,
     evaluate_every=2000,

@@ -103,14 +103,13 @@ class DiffusionTrainer(Run):
             label = label.masked_fill(hidden < config.label_dropout, self.spec.num_classes)
         if config.cond_dropout:
             cond = cond * append_dims(hidden >= config.cond_dropout, cond.ndim)
-        importance = self.time_sampler.importance(t) if config.importance_weights else torch.ones_like(t)
-        s = None
+        weigh = self.time_sampler.importance if config.importance_weights else torch.ones_like
+        importance, s = weigh(t), None
         if config.objective:
             share = config.off_diagonal * min(1, step / max(config.off_diagonal_warmup, 1))
             chosen = (torch.arange(rows.start, rows.stop + 1, device=self.device) * share).floor().diff() > 0
             other = self.time_sampler(config.batch_size, self.device, generator)[rows_of]
-            if config.importance_weights:
-                importance = torch.where(chosen, self.time_sampler.importance(other), 1) * importance
+            importance = importance * torch.where(chosen, weigh(other), 1)
             other = torch.where(chosen, other, t)
             t, s = torch.maximum(t, other), torch.minimum(t, other)
         batch = Batch(x0, x1, t, importance, label, cond, z, s)
@@ -128,22 +127,19 @@ class DiffusionTrainer(Run):
         xt = known + (c.shift * m if batch.z is None else c.gamma * batch.z)
         if config.objective:
             velocity = target("velocity", c, batch.x0, batch.x1) + c.shift_dot * m
-            error = residual(config.objective, partial(self.average_velocity, batch), xt, batch.t, batch.s, velocity)
+            error = residual(config.objective, partial(self.call, batch), xt, batch.t, batch.s, velocity)
             return weight * error.square().flatten(1).mean(1)
-        with autocast(config, self.device):
-            out = self.forward(formatted(config, xt), batch.t, batch.label, batch.cond)
-        out, *eta = out.float().split(self.spec.shape[0], dim=1)
+        out, *eta = self.call(batch, xt, batch.t).float().split(self.spec.shape[0], dim=1)
         out = without_mean(out, c, config.model_type, m)
         prediction = convert(out, known, c, config.model_type, config.target_type)
         error = prediction - target(config.target_type, c, batch.x0, batch.x1)
         loss = weight * error.square().flatten(1).mean(1)
         return loss + (eta[0] - batch.z).square().flatten(1).mean(1) if eta else loss
 
-    def average_velocity(self, batch: Batch, xt, t, s, tangents=None):
-        """The network's prediction as a flow map, for the labels and conditions of this batch: see flow_maps.py."""
-        forward = self.forward if torch.is_grad_enabled() else self.net  # DDP exchanges gradients for one call
+    def call(self, batch: Batch, xt, t, *more):
+        """The network's output for the labels and conditions of this batch; `more` is for flow_maps.FlowMap."""
         with autocast(self.config, self.device):
-            return forward(formatted(self.config, xt), t, batch.label, batch.cond, s, tangents)
+            return self.forward(formatted(self.config, xt), t, batch.label, batch.cond, *more)
 
     # ---- Training
 

@@ -85,8 +85,8 @@ def lines_of(folder):
 
 
 def test_all_recipes_are_found(project):
-    assert len(RECIPES) == 6
-    for name in ("stripes", "Power", "power: Positive", "Late", "Tiny", "Robust", "mean_shift"):
+    assert len(RECIPES) == 7
+    for name in ("stripes", "Power", "power: Positive", "Late", "Tiny", "blend", "Robust", "mean_shift"):
         changed = [path.name for path in project.glob("*.py") if name in path.read_text()]
         assert changed and not any(name in (ROOT / file).read_text() for file in changed), name
 
@@ -147,6 +147,12 @@ def test_a_checkpoint_of_a_trainer_that_is_not_here(tmp_path, digits, capsys):
     assert "'robust' is not known here: expected one of diffusion" in capsys.readouterr().err
 
 
+def test_your_own_objective(project, tmp_path):
+    config = tiny(tmp_path, sampler="flow_map", sde_sampler=None)
+    run_mains(project, main=[*flags(config), "--objective", "blend"])
+    assert len(lines_of(tmp_path / "digits")) == 4
+
+
 def test_your_own_metric_of_vectors(robust):
     assert json.loads((robust[0] / "1" / "card.json").read_text())["metrics"]["mean_shift"]["mean"] > 0
 
@@ -162,7 +168,7 @@ TINY = ("--num_training_steps 4 --warmup_steps 2 --model_channels 8 --num_res_bl
         "--sampling_steps 2 --evaluate_every 4 --evaluation_samples 24 --save_every 0 --sample_every 0").split()
 
 
-@pytest.mark.parametrize("recipe", CONDITIONS[:4], ids=lambda text: text.splitlines()[0])
+@pytest.mark.parametrize("recipe", CONDITIONS[:5], ids=lambda text: text.splitlines()[0])
 def test_commands_of_a_recipe(recipe, tmp_path):
     """Every command of it, in its order, with small data and a small network."""
     program, folder = SMALL, tmp_path / "DIR"
