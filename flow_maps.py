@@ -42,10 +42,13 @@ class FlowMap(nn.Module):
             return self.net(xt, t, label, cond, s)
 
         given = xt, t, t if s is None else s
-        if tangents is None:
-            return average(*given)
-        with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
-            return torch.func.jvp(average, given, tangents)
+        return derivative(average, given, tangents) if tangents else average(*given)
+
+
+@torch.compiler.disable  # torch 2.13 does not compile the forward derivative of a layer norm
+def derivative(function, given, tangents):
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no forward derivative
+        return torch.func.jvp(function, given, tangents)
 
 
 # ---- Objectives. Functions of u(x, t, s, tangents=None), states x (B, ...), times t and s (B,), and the velocity of
@@ -53,7 +56,7 @@ class FlowMap(nn.Module):
 
 
 def lagrangian(u, x, t, s, velocity):
-    """d/ds X = u + (s - t) du/ds, and the network's own velocity at X (Boffi et al. 2025, eq. LSD)."""
+    """d/ds X = u + (s - t) du/ds, and the network's own velocity at X (Boffi et al. 2025, LSD)."""
     span = append_dims(s - t, x.ndim)
     average, slope = u(x, t, s, (torch.zeros_like(x), torch.zeros_like(t), torch.ones_like(s)))
     with torch.no_grad():
@@ -70,14 +73,14 @@ def mean_flow(u, x, t, s, velocity):
 
 
 def eulerian(u, x, t, s, velocity):
-    """The Eulerian equation, with the network's own velocity (Boffi et al. 2025, eq. ESD)."""
+    """The Eulerian equation, with the network's own velocity (Boffi et al. 2025, ESD)."""
     with torch.no_grad():
         own = u(x, t, t)
     return mean_flow(u, x, t, s, own)
 
 
 def progressive(u, x, t, s, velocity):
-    """The semigroup: one jump, and two jumps by way of the time in the middle (Boffi et al. 2025, eq. PSD)."""
+    """The semigroup: one jump, and two jumps by way of the time in the middle (Boffi et al. 2025, PSD)."""
     middle = (t + s) / 2
     with torch.no_grad():
         first = u(x, t, middle)

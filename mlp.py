@@ -39,7 +39,8 @@ class MLP(nn.Module):
         super().__init__()
         check_vectors(data_shape, cond_shape)
         activation = ACTIVATIONS[activation]
-        self.register_buffer("frequencies", math.pi * torch.logspace(-1, 6, 32, base=2.0), persistent=False)
+        fastest = 2 if second_time else 6  # a network that is differentiated in time wants slow features
+        self.register_buffer("frequencies", math.pi * torch.logspace(-1, fastest, 32, base=2.0), persistent=False)
         self.data = nn.Linear(data_shape[0] + sum(cond_shape), hidden_dim)
         self.time = nn.Linear(2 * len(self.frequencies), hidden_dim)
         self.span = nn.Linear(2 * len(self.frequencies), hidden_dim) if second_time else None
