@@ -337,12 +337,12 @@ def loss_by_t(e):
 def losses(e, data):
     """Times, evenly spread in each batch, and losses, (2, N), of whole batches of this data, loss_num draws or more.
 
-    Batches and loss are those of the run's trainer, without flips, and with all labels and conditions. The batches are
-    the same for raw and for EMA weights.
+    Batches and loss are those of the run's trainer, without flips and warm-up, and with all labels and conditions. The
+    batches are the same for raw and for EMA weights.
     """
     c = replace(e.config, batch_size=max(e.config.batch_size, world_size()), time_sampler="stratified",
                 importance_weights=False, random_flip=False, label_dropout=0.0, cond_dropout=0.0,
-                overfit_one_batch=False)
+                overfit_one_batch=False, off_diagonal_warmup=0)
     trainer = look_up(TRAINERS, c.trainer)(c, data, e.device)
     trainer.forward = e.net
     found, steps = [], math.ceil(e.options.loss_num / c.batch_size)
