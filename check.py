@@ -71,20 +71,17 @@ class GaussianMixture:
         return c, y, variance, log_w + log_p
 
     def __call__(self, xt, t, label=None, cond=None, s=None):
-        """The prediction at xt (B, ...), in the type of xt. With s, that of one Gaussian's flow map: see flow_maps.py.
+        """The prediction at xt (B, ...), in the type of xt. With s (B,), that of one Gaussian's flow map from t to s.
 
-        `cond` (B, D + 1) holds m, the mean of the base, on which x0 does not depend, and ones; None: m is 0.
+        `cond` (B, D + 1) holds m, the mean of the base, on which x0 does not depend, and ones; None: m is 0. A flow map
+        takes the shift for linear in t.
         """
-        m = 0.0 if cond is None else cond[:, :-1]
-        c, c_s = (None if time is None else self.process.coefs(torch.as_tensor(time, dtype=torch.float64), xt.ndim)
-                  for time in (t, s))
-        if s is not None:
-            span = append_dims(s - t, xt.ndim)
-            there = self.flow(xt - c.shift * m, t, s) + c_s.shift * m
-            average = (there - xt) / torch.where(span == 0, 1, span)
-            return torch.where(span == 0, self(xt, t, label, cond), average).to(xt.dtype)
         if cond is not None:
-            return without_mean(self(xt - c.shift * m, t, label), c, self.kind, -m).to(xt.dtype)
+            m = cond[:, :-1]
+            c = self.process.coefs(torch.as_tensor(t, dtype=torch.float64), 2)
+            return without_mean(self(xt - c.shift * m, t, label, s=s), c, self.kind, -m).to(xt.dtype)
+        if s is not None:
+            return (self.flow(xt, t, s) - xt) / append_dims(s - t, xt.ndim)
         c, y, variance, log_p = self.components(xt, t, label)
         p, q = row(self.kind, c)
 

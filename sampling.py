@@ -89,19 +89,19 @@ class Field:
         loses_x0 = end.sigma * error_factor(end, self.model_type) > MAX_ERROR_FACTOR
         self.latest = self.process.time(torch.tensor(-2 * math.log(LATEST_RATIO))).item() if loses_x0 else math.inf
 
-    def predict(self, x, time, guided_at, until=None):
+    def predict(self, x, time, guided_at, *until):
         """The network's prediction, of kind model_type, at x (B, ...) and one time, in the type of x.
 
-        Guidance acts as at the time `guided_at`. Of a flow map, it is the average velocity from `time` to `until`.
+        Guidance acts as at the time `guided_at`. Of a flow map, it is the average velocity until a second time.
         """
         c = self.process.at(time)
-        times = [x.new_full((len(x),), each) for each in (time, until) if each is not None]
-        if until is not None:
-            c = c._replace(shift_dot=(self.process.at(until).shift - c.shift) / (until - time))
+        t, *s = (x.new_full((len(x),), each) for each in (time, *until))
+        for end in until:
+            c = c._replace(shift_dot=(self.process.at(end).shift - c.shift) / (end - time))
 
         def call(net, label, cond, m):
             self.calls += 1
-            out = net(x + c.shift * m, times[0], label, cond, *times[1:])
+            out = net(x + c.shift * m, t, label, cond, *s)
             return without_mean(out.to(x.dtype), c, self.model_type, m)
 
         out = call(self.net, *self.given)
