@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,6 +171,28 @@ def run_in_fork(script, arguments, output, errors):
     finally:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
+
+
+def assert_ranks_parts_and_halves(tmp_path, config: Config):
+    """Losses on two ranks, and with accumulation, are those of one rank; a run in two halves ends bit for bit as a
+    whole one.
+    """
+    def with_changes(name, **changes):
+        return replace(config, ckpt_dir=str(tmp_path / name), **changes)
+
+    for name, ranks, changes in (("one", 1, {}), ("two", 2, {}), ("parts", 1, dict(accumulation_steps=3))):
+        result = run_ranks(ranks, with_changes(name, **changes))
+        assert result.returncode == 0, result.stderr
+    for steps in (config.num_training_steps // 2, config.num_training_steps):
+        assert run_ranks(1, with_changes("halves", num_training_steps=steps)).returncode == 0
+    one, two, parts, halves = (
+        metrics_of(tmp_path / name / config.run_name) for name in ("one", "two", "parts", "halves"))
+    for lines in (two, parts):
+        assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+    assert halves == one and len(one) == config.num_training_steps
+    whole, resumed = (torch.load(tmp_path / name / config.run_name / "last.pt", weights_only=True)
+                      for name in ("one", "halves"))
+    assert all(torch.equal(whole["ema"][key], resumed["ema"][key]) for key in whole["ema"])
 
 
 def assert_one_line_error(result, *words):

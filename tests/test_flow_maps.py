@@ -4,18 +4,17 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import gaussian, make, metrics_of, run_ranks, tiny
+from conftest import assert_ranks_parts_and_halves, gaussian, make, tiny
 
 import evaluate
 import sample
 from build import NETWORKS, check_run
-from check import M, mixture
+from check import M
 from config import Config, problems
 from data_utils import load_dataset
 from flow_maps import OBJECTIVES, FlowMap, residual
 from processes import make_process
-from sampling import SAMPLERS, Field, draw, make_grid
-from trainer import Batch
+from sampling import SAMPLERS, Field, draw
 from utils import UserError, append_dims, call_with_settings
 
 MAP = dict(objective="lagrangian", sampler="flow_map", sde_sampler=None)
@@ -223,20 +222,8 @@ def test_a_loss_of_diagonal_pairs_is_that_of_flow_matching(tmp_path, digits):
 ], ids=[*OBJECTIVES, "unet"])
 def test_two_ranks_accumulation_and_resuming(tmp_path, settings, without_curves):
     """Losses as those of one rank, so that a derivative drops no exchange; in two halves, bit for bit as a whole."""
-    settings = MAP | dict(num_training_steps=6, base_lr=1e-2, run_name="map") | settings
-    for name, ranks, changes in (("one", 1, {}), ("two", 2, {}), ("parts", 1, dict(accumulation_steps=3))):
-        result = run_ranks(ranks, tiny(tmp_path / name, **settings, **changes))
-        assert result.returncode == 0, result.stderr
-    config = tiny(tmp_path / "halves", **settings)
-    for steps in (3, 6):
-        config.num_training_steps = steps
-        assert run_ranks(1, config).returncode == 0
-    one, two, parts, halves = (metrics_of(tmp_path / name / "map") for name in ("one", "two", "parts", "halves"))
-    for lines in (two, parts):
-        assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in one], rel=1e-5)
-    assert halves == one
-    whole, resumed = (torch.load(tmp_path / name / "map" / "last.pt", weights_only=True) for name in ("one", "halves"))
-    assert all(torch.equal(whole["ema"][key], resumed["ema"][key]) for key in whole["ema"])
+    config = tiny(tmp_path, **MAP | dict(num_training_steps=6, base_lr=1e-2, run_name="map") | settings)
+    assert_ranks_parts_and_halves(tmp_path, config)
 
 
 # ---- Scripts, and wrong settings
@@ -258,11 +245,11 @@ def test_every_script_takes_a_flow_map(tmp_path, own_cache, without_curves, caps
     (dict(model_type="x0"), "objective is for --model_type velocity"),
     (dict(gamma="brownian", source="moons"), "objective is for"),
     (dict(trainer="regression", objective="progressive"), "objective is for"),
-    (dict(off_diagonal=1.5), r"off_diagonal is 1.5: expected a number in \[0, 1\]"),
+    (dict(off_diagonal=1.5), "off_diagonal is 1.5: expected a number in [0, 1]"),
 ])
 def test_settings_that_contradict_an_objective(changes, words):
     (problem,) = problems(Config(**dict(objective="mean_flow") | changes))
-    pytest.fail(problem) if not __import__("re").search(words, problem) else None
+    assert words in problem
 
 
 def test_a_map_needs_an_objective_and_a_network_of_two_times(tmp_path, digits, monkeypatch):
@@ -276,8 +263,3 @@ def test_a_map_needs_an_objective_and_a_network_of_two_times(tmp_path, digits, m
     monkeypatch.setitem(NETWORKS, "one_time", OneTime)
     with pytest.raises(UserError, match="network of two times, and one_time takes no second_time"):
         make(tmp_path, digits, **MAP | dict(network="one_time"))
-
-
-def test_a_batch_has_no_second_time_without_an_objective(tmp_path, digits):
-    assert make(tmp_path, digits).prepare_batch(0).s is None and Batch._fields[-1] == "s"
-    assert make_grid(1, 0.1, 0.9) == [0.9, 0.1] and mixture(make_process("rf")).process

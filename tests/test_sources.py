@@ -10,7 +10,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, flags, make, metrics_of, run, run_ranks, tiny
+from conftest import (
+    assert_one_line_error,
+    assert_ranks_parts_and_halves,
+    flags,
+    make,
+    run,
+    tiny,
+)
 from scipy.optimize import linear_sum_assignment
 
 import evaluate
@@ -259,21 +266,8 @@ def test_ranks_and_parts_take_their_rows(tmp_path, coupling):
                          ids=["gamma", "sb", "no gamma"])
 def test_two_ranks_accumulation_and_resuming(tmp_path, settings, without_curves):
     """Losses as those of one rank; a run in two halves ends bit for bit as a whole one."""
-    settings = settings | dict(sde_sampler=None, num_training_steps=6)
-    for name, ranks, changes in (("one", 1, {}), ("two", 2, {}), ("parts", 1, dict(accumulation_steps=3))):
-        result = run_ranks(ranks, tiny(tmp_path / name, **settings, **changes))
-        assert result.returncode == 0, result.stderr
-    config = tiny(tmp_path / "halves", **settings)
-    for steps in (3, 6):
-        config.num_training_steps = steps
-        assert run_ranks(1, config).returncode == 0
-    one, two, parts, halves = (metrics_of(tmp_path / name / "noisy") for name in ("one", "two", "parts", "halves"))
-    for lines in (two, parts):
-        assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in one], rel=1e-5)
-    assert halves == one
-    whole, resumed = (torch.load(tmp_path / name / "noisy" / "last.pt", weights_only=True)
-                      for name in ("one", "halves"))
-    assert all(torch.equal(whole["ema"][key], resumed["ema"][key]) for key in whole["ema"])
+    config = tiny(tmp_path, **settings | dict(sde_sampler=None, num_training_steps=6))
+    assert_ranks_parts_and_halves(tmp_path, config)
 
 
 # ---- Samples, both ways
