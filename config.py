@@ -45,7 +45,7 @@ Share = Annotated[float, Within("[0, 1)")]
 Seed = Annotated[int, Within("[0, 4294967296)")]
 # A setting that may change when a run resumes: it changes how long the run is, where its files are, how it is run and
 # how it is watched. It changes steps by no more than rounding (device, bf16, ...) or the draws of dropout
-# (accumulation_steps). The cosine schedule follows num_training_steps, and data_dir must hold the same data.
+# (accumulation_steps). The schedules cosine and wsd follow num_training_steps, and data_dir must hold the same data.
 MayChange = Annotated[T, "may change"]
 Sampling = Annotated[T, "may change", "sampling"]  # and an option of sample.py and evaluate.py
 Sampler = Literal[key_of("sampling.ODE_SAMPLERS"), key_of("sampling.SDE_SAMPLERS")]
@@ -132,11 +132,14 @@ class Config:
     batch_size: PositiveInt = 128  # Items in one step, over all ranks and accumulation steps.
     accumulation_steps: MayChange[PositiveInt] = 1  # Each rank takes its rows in this many parts, to save memory.
     num_training_steps: MayChange[PositiveInt] = 400_000  # Optimizer steps.
+    optimizer: key_of("optimizers.OPTIMIZERS") = "adamw"  # muon: for the matrices of hidden layers; else adamw.
     base_lr: PositiveFloat = 2e-4  # Learning rate after warm-up.
-    min_lr: NonNegativeFloat = 0.0  # Learning rate at the end of the cosine schedule.
+    min_lr: NonNegativeFloat = 0.0  # Learning rate to which schedules fall: cosine and wsd in the last step.
     lr_schedule: key_of("optimizers.SCHEDULES") = "constant"  # Course of the learning rate after warm-up.
+    lr_decay_start: PositiveInt = 10_000  # inverse_sqrt: step t from which the rate falls as 1 / sqrt(t).
+    lr_decay_share: Annotated[float, Within("(0, 1]")] = 0.2  # wsd: share of the steps after warm-up in which it falls.
     warmup_steps: NonNegativeInt = 5000  # Steps in which the learning rate rises linearly to base_lr.
-    weight_decay: NonNegativeFloat = 0.0  # AdamW's decay of the matrices; biases and norms have none.
+    weight_decay: NonNegativeFloat = 0.0  # Decay of the matrices; biases and norms have none.
     grad_clip_norm: NonNegativeFloat = 1.0  # Gradients of a larger norm are scaled down to this one; 0 turns it off.
     max_skipped_steps: MayChange[PositiveInt] = 10  # The run stops after so many skipped (not finite) steps in a row.
     ema_decay: Share = 0.9999  # Decay of the moving average of the weights; (1 + n) / (10 + n) at the start.

@@ -24,7 +24,7 @@ from data_utils import DataSpec, cases
 from distributed import agreed_stop, gather_rows, on_rank0, print0, rank, world_size
 from ema import EMA
 from logging_utils import Logger, picture_of
-from optimizers import make_optimizer
+from optimizers import OPTIMIZERS
 from utils import UserError, warn
 
 
@@ -46,7 +46,7 @@ class Run:
     def open_run(self):
         """Opens the folder of the run, and resumes it if there is a checkpoint. All ranks must call it."""
         config, self.folder = self.config, f"{self.config.ckpt_dir}/{self.config.run_name}"
-        self.optimizer = make_optimizer(self.net, config.weight_decay)
+        self.optimizer = OPTIMIZERS[config.optimizer](self.net, config.weight_decay)
         self.ema = EMA(self.net, config.ema_decay)
         self.step = 0  # steps taken
         # Gradient norm, t, loss and importance of this rank's rows since the last line of metrics; norms not yet seen
