@@ -169,8 +169,11 @@ def build(config, spec, device):
 
 
 def check_condition(config, spec):
-    """Raises UserError for settings that need a condition which the data do not have."""
+    """Raises UserError for settings that need images or a condition, where the data have none."""
     shape, needs, C = spec.cond_shape, "use --lag 1, --corruption downsample, or data with conditions", spec.shape[0]
+    if config.clip_x0 != "none" and (config.gamma or not spec.is_image):
+        raise UserError(f"clip_x0 {config.clip_x0} is for images, whose pixels are in [-1, 1], without a gamma, beside "
+                        "which x0 does not determine the rest: use --clip_x0 none")
     if config.cond_dropout and not shape:
         raise UserError(f"cond_dropout is set, but {config.dataset} has no condition: {needs}")
     if config.base == "condition" and not spec.cond_has_channels:

@@ -160,6 +160,7 @@ class Config:
     rtol: Sampling[PositiveFloat] = 1e-5  # dopri5: relative tolerance.
     atol: Sampling[PositiveFloat] = 1e-5  # dopri5: absolute tolerance.
     denoise: Sampling[bool] = False  # Take the predicted x0 at the end, without the noise left at T_min.
+    clip_x0: Sampling[key_of("sampling.CLIPS")] = "none"  # How the predicted x0 of images is kept in [-1, 1].
     guidance_scale: Sampling[float] = 1.0  # Classifier-free guidance; 1 is none.
     guidance_t_min: Sampling[float] = 0.0  # Least time at which guidance acts.
     guidance_t_max: Sampling[float] = 1.0  # Greatest time at which guidance acts.

@@ -96,6 +96,7 @@ def log_likelihoods(net, process, data, *, rows, device, seed, T_min, T_max, pro
         x0 = data[batch.start : batch.stop].to(device)
         if bin_width:
             x0 = x0 + bin_width * (torch.special.ndtr(noise()) - 0.5)
+        settings["clip_x0"] = "none"  # what is clipped has no density
         field = field_of(batch, data.shape[1:], device, net=net, process=process, **settings)
         x0 = x0 - process.at(T_min).shift * field.m  # what is not known of xt at T_min
         e = look_up(PROBES, probe)(noise)

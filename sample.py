@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import saving
-from build import build, check_settings, read_data
+from build import build, check_condition, check_settings, read_data
 from command_line import fail, optional_settings, parse, start
 from config import Config, NonNegativeInt, PositiveInt, Seed, problems
 from data_utils import Cases, DataSpec, cases, load_dataset, random_rows
@@ -106,6 +106,7 @@ class Loaded:
         for problem in problems(config, guide=options.guide):
             raise UserError(problem)
         check_settings(config)
+        check_condition(config, self.spec)
         self.guide = load_guide(options.guide, config, self.spec, device) if options.guide else None
 
     def draw(self, cases, **changes):

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from prediction import convert, convert_output, error_factor, without_mean
 from processes import BASES, Process
-from utils import UserError, call_with_settings, in_batches, look_up, parameters_of, row_noise
+from utils import UserError, append_dims, call_with_settings, in_batches, look_up, parameters_of, row_noise
 
 MAX_ERROR_FACTOR, LATEST_RATIO = 1000.0, 20.0  # see Field
+CLIP_SHARE = 0.995  # of the values of a sample, which `dynamic` does not clip
 
 # eps of the SDE at coefficients c and time t, as in SiT's code; its paper writes w for 2 eps (Ma et al. 2024)
 DIFFUSIONS = {
@@ -37,6 +38,18 @@ DIFFUSIONS = {
     "constant": lambda t: 1.0,
     "sin2": lambda t: math.sin(math.pi * t) ** 2,
 }
+
+
+def dynamic_clip(x0):
+    """x0 (B, ...) within [-s, s], divided by s: the quantile CLIP_SHARE of a sample's |x0|, or 1 if that is larger.
+
+    (Saharia et al. 2022, "Photorealistic Text-to-Image Diffusion Models", section 2.3.)
+    """
+    s = append_dims(x0.abs().flatten(1).quantile(CLIP_SHARE, dim=1).clamp(min=1), x0.ndim)
+    return x0.clamp(-s, s) / s
+
+
+CLIPS = {"none": None, "static": lambda x0: x0.clamp(-1, 1), "dynamic": dynamic_clip}
 
 
 @dataclass
@@ -62,6 +75,9 @@ class Field:
     scaled to the noise of `latest`, and the x0 that the network predicts there is used. The price: the network expects
     x0 in its input, and the scaled x has almost none.
 
+    Clipping: `clip_x0` (a name in CLIPS) limits the predicted x0, and every other kind is computed from that. Where
+    sigma is 0, x0 does not determine the other kinds, which are then those of the network.
+
     If the base is the point m, x is 0 at t = 1, and a conversion there is 0 / 0: its limit is used.
     """
 
@@ -78,6 +94,7 @@ class Field:
     cond: Tensor | None = None
     m: Tensor | float = 0.0
     cond_dropout: float = 0.0
+    clip_x0: str = "none"
 
     def __post_init__(self):
         self.calls, self.given = 0, (self.label, self.cond, self.m)
@@ -120,6 +137,9 @@ class Field:
             out_kind, c_latest = "x0", self.process.at(self.latest)
             scaled = c_latest.sigma / c.sigma * x
             out = convert(self.predict(scaled, self.latest, time), scaled, c_latest, self.model_type, out_kind)
+        clip = look_up(CLIPS, self.clip_x0)
+        if clip and (c.sigma > 0 or kinds == ("x0",)):
+            out, out_kind = clip(convert(out, x, c, out_kind, "x0")), "x0"
         converted = [convert_output(out, x, c, out_kind, kind) for kind in kinds]
         return converted[0] if len(kinds) == 1 else converted
 
