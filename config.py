@@ -42,6 +42,7 @@ PositiveFloat = Annotated[float, Within("(0, inf)")]
 NonNegativeInt = Annotated[int, Within("[0, inf)")]
 NonNegativeFloat = Annotated[float, Within("[0, inf)")]
 Share = Annotated[float, Within("[0, 1)")]
+Shares = Annotated[float | tuple[float, ...], Within("[0, 1)")]
 Seed = Annotated[int, Within("[0, 4294967296)")]
 # A setting that may change when a run resumes: it changes how long the run is, where its files are, how it is run and
 # how it is watched. It changes steps by no more than rounding (device, bf16, ...) or the draws of dropout
@@ -118,7 +119,7 @@ class Config:
     # ---- Network
     network: key_of("build.NETWORKS") = "unet"  # Architecture, called as net(xt, t, label, cond, s).
     model_channels: Annotated[int, Within("[2, inf)")] = 128  # unet: channels at full resolution.
-    channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # unet: multiples of model_channels, one for each resolution.
+    channel_mults: Annotated[tuple[int, ...], Within("(0, inf)")] = (1, 2, 2, 2)  # unet: multiples of model_channels.
     num_res_blocks: PositiveInt = 2  # unet: residual blocks at each resolution.
     attention_resolutions: tuple[int, ...] = (16,)  # unet: heights with self-attention, beside the middle's.
     hidden_dim: PositiveInt = 256  # mlp, plain_mlp: width.
@@ -142,7 +143,8 @@ class Config:
     weight_decay: NonNegativeFloat = 0.0  # Decay of the matrices; biases and norms have none.
     grad_clip_norm: NonNegativeFloat = 1.0  # Gradients of a larger norm are scaled down to this one; 0 turns it off.
     max_skipped_steps: MayChange[PositiveInt] = 10  # The run stops after so many skipped (not finite) steps in a row.
-    ema_decay: Share = 0.9999  # Decay of the moving average of the weights; (1 + n) / (10 + n) at the start.
+    ema_decay: Shares = 0.9999  # Decays of averages of the weights, at most (1 + n) / (10 + n). The first one is shown.
+    ema_snapshot_every: NonNegativeInt = 0  # Steps between snapshots of averages, for sample.py --ema_length; 0: none.
 
     # ---- Sampling: the grids of samples drawn in training, and the defaults of sample.py
     sampler: Sampling[Sampler] = "heun"  # Sampler of the first row of grids.
@@ -258,15 +260,16 @@ def marks(cls):
 
 
 def out_of_range(options):
-    """Numbers that the types of their settings do not allow, one line each; None is ignored."""
+    """Numbers that the types of their settings do not allow, or no number, one line each; None is ignored."""
     found = []
     for name, allowed in marks(type(options)).items():
         value = getattr(options, name)
         if isinstance(value, float) and not math.isfinite(value):
             found.append(f"{name} is {value}: expected a finite number")
         elif value is not None:
+            numbers = value if isinstance(value, tuple) else [value]
             found += [f"{name} is {value}: expected a number in {mark}" for mark in allowed
-                      if isinstance(mark, Within) and value not in mark]
+                      if isinstance(mark, Within) and any(number not in mark for number in numbers or [math.nan])]
     return found
 
 
@@ -316,8 +319,6 @@ def problems(c: Config, world_size=1, guide=None):
         "a batch overwrites the one before: use --compile_mode default, or --accumulation_steps 1":
             c.accumulation_steps > 1 and c.compile is not False
             and c.compile_mode in ("reduce-overhead", "max-autotune"),
-        f"channel_mults {c.channel_mults}: expected one positive number for each resolution, such as 1 2 2":
-            not c.channel_mults or min(c.channel_mults) < 1,
         f"run_name {c.run_name!r}: expected the name of a folder, without '/' and not starting with '.'":
             not c.run_name or "/" in c.run_name or c.run_name.startswith("."),
         f"ckpt_dir is empty: expected a folder, such as --ckpt_dir {Config.ckpt_dir}": not c.ckpt_dir,

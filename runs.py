@@ -22,7 +22,7 @@ from build import TRAINING_STEPS, compiles, read_data
 from config import Config, marks
 from data_utils import DataSpec, cases
 from distributed import agreed_stop, gather_rows, on_rank0, print0, rank, world_size
-from ema import EMA
+from ema import EMA, LENGTHS
 from logging_utils import Logger, picture_of
 from optimizers import OPTIMIZERS
 from utils import UserError, warn
@@ -47,7 +47,8 @@ class Run:
         """Opens the folder of the run, and resumes it if there is a checkpoint. All ranks must call it."""
         config, self.folder = self.config, f"{self.config.ckpt_dir}/{self.config.run_name}"
         self.optimizer = OPTIMIZERS[config.optimizer](self.net, config.weight_decay)
-        self.ema = EMA(self.net, config.ema_decay)
+        lengths = LENGTHS * (config.ema_snapshot_every > 0)
+        self.ema = EMA(self.net, *np.ravel(config.ema_decay).tolist(), lengths=lengths)
         self.step = 0  # steps taken
         # Gradient norm, t, loss and importance of this rank's rows since the last line of metrics; norms not yet seen
         self.window, self.norms = [torch.zeros(0, 4, device=self.device)], []
@@ -195,7 +196,7 @@ class Run:
         return {
             "step": self.step,
             "net": self.net.state_dict(),
-            "ema": self.ema.net.state_dict(),
+            **self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "items": len(self.dataset),
             "window": gather_rows(torch.cat(self.window)),
@@ -220,13 +221,22 @@ class Run:
             self.restart_clock()
         return not self.save_failed
 
+    def save_snapshot(self):
+        """Writes the averages of powers, if due after this step: before its checkpoint, or a kill might lose them."""
+        every = self.config.ema_snapshot_every
+        if every and self.step % every == 0:
+            with self.failures_reported():
+                on_rank0(saving.write_state, f"{self.folder}/snapshot_{self.step:07d}.pt",
+                         self.ema.state_dict("ema_length"))
+
     def restore(self, path):
         """Resumes the run from a checkpoint."""
         state = saving.load(path)
         saving.check_data(path, vars(DataSpec(**state["data"])) | {"items": state["items"]},
                           vars(self.spec) | {"items": len(self.dataset)})
         saving.restore(self.net, state["net"], path)
-        self.ema.net.load_state_dict(state["ema"])
+        for name, average in self.ema.nets.items():
+            average.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = self.saved_step = state["step"]
         self.skipped = state["skipped"]

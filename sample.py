@@ -17,7 +17,7 @@ import copy
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ import torch
 import saving
 from build import build, check_condition, check_settings, read_data
 from command_line import fail, optional_settings, parse, start
-from config import Config, NonNegativeInt, PositiveInt, Seed, problems
+from config import Config, NonNegativeInt, PositiveInt, Seed, Within, problems
 from data_utils import Cases, DataSpec, cases, load_dataset, random_rows
 from distributed import gather_rows, on_rank0, print0, rank0_first, set_up
+from ema import LENGTHS, synthesis
 from logging_utils import coloured, drawn, image_grid, new_figure, picture_of, save_picture
 from processes import PROCESSES, make_process
 from sampling import SDE_SAMPLERS, field_of, make_grid
@@ -43,7 +44,9 @@ class Drawing(optional_settings(Config, "sampling")):
     """What sample.py and evaluate.py share: a checkpoint, and new values for the run's own settings of sampling."""
 
     ckpt: str  # Checkpoint to draw from, such as ckpts/digits/last.pt.
-    weights: Literal["ema", "raw"] = "ema"  # Averaged weights, or those of the last step.
+    weights: str = "ema"  # Averaged weights; of another decay of the run, as ema_0.999; or raw, those of the last step.
+    # Averaged weights of this length, a share of the training: made of the run's snapshots (--ema_snapshot_every).
+    ema_length: Annotated[float | None, Within("[0.01, 0.28]")] = None
     # Autoguidance: checkpoint of a worse network for the same data. None: the network itself, without labels.
     guide: str | None = None
     seed: Seed = 0  # Seed of the samples.
@@ -65,7 +68,26 @@ class Options(Drawing):
 # ---- A checkpoint
 
 
-def load_net(path, weights, device):
+def synthesize(net, path, step, length):
+    """Loads the average of this length into `net`, made of those in the checkpoint at `path` and in its snapshots.
+
+    Raises UserError if there are none.
+    """
+    files = dict(saving.numbered(os.path.dirname(path) or ".", "snapshot"))
+    files = {n: file for n, file in files.items() if n < step} | {step: path}
+    if len(files) == 1:
+        raise UserError(f"ema_length {length} needs snapshots, and none before step {step} are beside {path}: "
+                        f"train with --ema_snapshot_every {max(step // 20, 1)}, or leave --ema_length out")
+    weights = dict.fromkeys(dict(net.named_parameters()), 0.0)
+    for file, factors in zip(files.values(), synthesis([*files], step, length).tolist()):
+        averages = saving.load(file)
+        for factor, own in zip(factors, LENGTHS):
+            for name in weights:
+                weights[name] += factor * averages[f"ema_length_{own}"][name].double()
+    net.load_state_dict(weights, strict=False)  # without the buffers, which are the last ones
+
+
+def load_net(path, weights, device, ema_length=None):
     """State, settings, data, process and network of a checkpoint. Raises UserError if they are not of this code."""
     state = saving.load(path)
     try:
@@ -73,7 +95,13 @@ def load_net(path, weights, device):
     except TypeError as error:
         raise UserError(f"{path} was made by another version of this code ({error}): use that version") from error
     process, net = build(config, spec, device)
-    saving.restore(net, state["ema" if weights == "ema" else "net"], path)
+    found = {"raw": state["net"], **{name: average for name, average in state.items() if name.startswith("ema")},
+             f"ema_{np.ravel(config.ema_decay)[0]}": state["ema"]}
+    saving.restore(net, look_up(found, weights), path)
+    if ema_length:
+        if weights != "ema":
+            raise UserError(f"ema_length {ema_length} makes weights of its own: leave --weights {weights} out")
+        synthesize(net, path, state["step"], ema_length)
     return state, config, spec, process, net.eval()
 
 
@@ -100,7 +128,9 @@ class Loaded:
 
     def __init__(self, options, device):
         self.options, self.device = options, device
-        self.state, config, self.spec, self.process, self.net = load_net(options.ckpt, options.weights, device)
+        self.state, config, self.spec, self.process, self.net = load_net(
+            options.ckpt, options.weights, device, options.ema_length)
+        self.weights = f"ema_length_{options.ema_length}" if options.ema_length else options.weights
         chosen = {name: value for name, value in vars(options).items() if hasattr(config, name) and value is not None}
         self.config = config = replace(config, **chosen, sde_sampler=None)
         for problem in problems(config, guide=options.guide):
@@ -262,7 +292,7 @@ def main(arguments):
             first = given._replace(num=min(given.num, shown or 2000))
             frames = states[: first.num].transpose(0, 1) if options.rollout else trajectory(run, first)
             on_rank0(save_trajectory, run, first, frames, f"{out}.gif")
-        print0(f"{given.num} samples of {options.weights} weights at step {run.state['step']}, by "
+        print0(f"{given.num} samples of {run.weights} weights at step {run.state['step']}, by "
                f"{config.sampler}: {out}.npz and {out}.png")
 
 

@@ -55,6 +55,11 @@ def write_tensors(path, content):
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
+def write_state(path, state):
+    """Writes a file that `load` reads, as `write_tensors` does."""
+    write_tensors(path, {**state, "sha256": digest(state)})
+
+
 def save(folder, state, keep=2, milestone_every=0):
     """Writes `state` as the newest checkpoint of the run, as a whole or not at all, and removes old ones.
 
@@ -64,13 +69,12 @@ def save(folder, state, keep=2, milestone_every=0):
     step = state["step"]
     path = f"{folder}/step_{step:07d}.pt"
     last = f"{folder}/{LAST}"
-    content = {**state, "sha256": digest(state)}
-    write_tensors(path, content)
+    write_state(path, state)
     try:
         os.link(path, f"{last}.tmp")
         os.replace(f"{last}.tmp", last)
     except OSError:  # no hard links on this file system
-        write_tensors(last, content)
+        write_state(last, state)
     older = [(n, old) for n, old in numbered(folder) if n <= step]  # a later one is damaged
     for n, old in older[keep:]:
         if milestone_every == 0 or n % milestone_every:
@@ -78,7 +82,9 @@ def save(folder, state, keep=2, milestone_every=0):
 
 
 def load(path):
-    """The state that `save` wrote, tensors on the CPU. Raises UserError if it is missing, damaged, or another file."""
+    """The state that `save` or `write_state` wrote, tensors on the CPU. Raises UserError if it is missing, damaged, or
+    another file.
+    """
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint {path}: expected a file such as ckpts/RUN_NAME/{LAST}")
     try:
@@ -117,10 +123,10 @@ def check_data(path, there, here):
 # ---- The folder of a run
 
 
-def numbered(folder):
-    """Step and path of every step_N.pt, the newest first. The name only orders them: the file holds the step."""
-    return sorted(((int(path.stem[5:]), str(path)) for path in Path(folder).glob("step_*.pt")
-                   if path.stem[5:].isdecimal()), reverse=True)
+def numbered(folder, name="step"):
+    """Step and path of every NAME_N.pt, the newest first. The name only orders them: the file holds the step."""
+    return sorted(((int(n), str(path)) for path in Path(folder).glob(f"{name}_*.pt")
+                   if (n := path.stem.removeprefix(f"{name}_")).isdecimal()), reverse=True)
 
 
 def load_newest(folder):

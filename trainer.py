@@ -207,6 +207,7 @@ class DiffusionTrainer(Run):
                 self.logger.bar.update()
             if self.due(config.log_every):
                 self.log(rate)
+            self.save_snapshot()
             if self.due(config.save_every) or self.due(config.milestone_every) or (
                     self.save_failed and self.due(config.log_every)):
                 self.save()
