@@ -42,6 +42,7 @@ PositiveFloat = Annotated[float, Within("(0, inf)")]
 NonNegativeInt = Annotated[int, Within("[0, inf)")]
 NonNegativeFloat = Annotated[float, Within("[0, inf)")]
 Share = Annotated[float, Within("[0, 1)")]
+PositiveShare = Annotated[float, Within("(0, 1]")]
 Shares = Annotated[float | tuple[float, ...], Within("[0, 1)")]
 Seed = Annotated[int, Within("[0, 4294967296)")]
 # A setting that may change when a run resumes: it changes how long the run is, where its files are, how it is run and
@@ -72,7 +73,7 @@ class Config:
     # ---- Condition: what the network sees beside xt. One of these, or what a file holds
     corruption: key_of("conditions.CORRUPTIONS") | None = None  # What this leaves of an item.
     downsample_factor: PositiveInt = 4  # downsample: pixels in a row that become one.
-    mask_share: Annotated[float, Within("(0, 1]")] = 0.3  # mask_box, mask_pixels: share of the pixels that is hidden.
+    mask_share: PositiveShare = 0.3  # mask_box, mask_pixels: share of the pixels that is hidden.
     lag: NonNegativeInt = 0  # The frame so many before in the trajectory; 0: none.
     cond_dropout: Share = 0.0  # Share of conditions that are hidden in training: guidance needs it.
 
@@ -138,7 +139,7 @@ class Config:
     min_lr: NonNegativeFloat = 0.0  # Learning rate to which schedules fall: cosine and wsd in the last step.
     lr_schedule: key_of("optimizers.SCHEDULES") = "constant"  # Course of the learning rate after warm-up.
     lr_decay_start: PositiveInt = 10_000  # inverse_sqrt: step t from which the rate falls as 1 / sqrt(t).
-    lr_decay_share: Annotated[float, Within("(0, 1]")] = 0.2  # wsd: share of the steps after warm-up in which it falls.
+    lr_decay_share: PositiveShare = 0.2  # wsd: share of the steps after warm-up in which it falls.
     warmup_steps: NonNegativeInt = 5000  # Steps in which the learning rate rises linearly to base_lr.
     weight_decay: NonNegativeFloat = 0.0  # Decay of the matrices; biases and norms have none.
     grad_clip_norm: NonNegativeFloat = 1.0  # Gradients of a larger norm are scaled down to this one; 0 turns it off.

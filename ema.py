@@ -2,7 +2,7 @@
 
 A `decay` is that of one step. It has a warm-up, so that the first, bad weights are forgotten: after n updates the decay
 is min(decay, (1 + n) / (10 + n)), as in tf.train.ExponentialMovingAverage. Parameters are averaged, in float32; buffers
-are copied. For another warm-up or average, change `update`.
+are copied.
 
 A power-function average (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models",
 section 3; equations and algorithms below are those of its appendix C) has a `length`: the standard deviation of its
@@ -27,6 +27,12 @@ def exponent(length):
     return np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max()
 
 
+def power(length):
+    """The decay, a function of n, of the average of this length: (1 - 1/t)^(gamma + 1) at step t = n + 1 (eq. 127)."""
+    gamma = exponent(length)
+    return lambda n: (n / (n + 1)) ** (gamma + 1)
+
+
 def inner_product(t_a, gamma_a, t_b, gamma_b):
     """The integral over tau of p_a p_b, which end at the steps t_a and t_b (eq. 151). Arrays are broadcast."""
     ratio = t_a / t_b
@@ -40,38 +46,35 @@ def synthesis(steps, step, length):
     Times these factors, which sum to 1, their functions p are nearly that of `length` at `step`, with the least mean
     squared error (algorithm 3).
     """
-    t = np.repeat(steps, len(LENGTHS))
-    gamma = np.tile([*map(exponent, LENGTHS)], len(steps))
-    factors = np.linalg.solve(inner_product(t[:, None], gamma[:, None], t, gamma),
-                              inner_product(t, gamma, step, exponent(length)))
+    t, gamma = np.array([(own_step, exponent(own)) for own_step in steps for own in LENGTHS]).T
+    products = inner_product(t[:, None], gamma[:, None], t, gamma)
+    factors = np.linalg.solve(products, inner_product(t, gamma, step, exponent(length)))
     return (factors / factors.sum()).reshape(-1, len(LENGTHS))
 
 
 class EMA:
     """`EMA(net, decay).net` is an averaged copy of `net`. Call `update(n)` after each step, with n steps before it.
 
-    All averages are in `nets`, by name: "ema", which is `net`; "ema_0.999" for each further decay; and "ema_length_0.1"
-    for each of the `lengths` of power functions.
+    `decay` is a number, or a function of n. For another warm-up or average, change `update`.
     """
 
-    def __init__(self, net, *decays, lengths=()):
-        self.decays, self.exponents = decays, [*map(exponent, lengths)]
-        names = ["ema", *map("ema_{}".format, decays[1:]), *map("ema_length_{}".format, lengths)]
-        self.nets = {name: copy.deepcopy(net).eval().requires_grad_(False) for name in names}
-        self.net = self.nets["ema"]
-        self.averages = [list(average.parameters()) for average in self.nets.values()]
+    def __init__(self, net, decay):
+        self.decay = decay
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.averages = list(self.net.parameters())
         self.parameters = list(net.parameters())
-        self.buffers = [pair for average in self.nets.values() for pair in zip(average.buffers(), net.buffers())]
-
-    def state_dict(self, names="ema"):
-        """The averages whose names begin like this, by name."""
-        return {name: average.state_dict() for name, average in self.nets.items() if name.startswith(names)}
+        self.buffers = list(zip(self.net.buffers(), net.buffers()))
 
     @torch.no_grad()
     def update(self, n):
-        decays = [min(decay, (1 + n) / (10 + n)) for decay in self.decays]
-        decays += [(1 - 1 / (n + 1)) ** (gamma + 1) for gamma in self.exponents]  # at step t = n + 1 (eq. 127)
-        for average, decay in zip(self.averages, decays):
-            torch._foreach_lerp_(average, self.parameters, 1 - decay)
+        decay = self.decay(n) if callable(self.decay) else min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
         for copied, buffer in self.buffers:
             copied.copy_(buffer)
+
+
+def averages(net, decay, *others, lengths=()):
+    """Averages of `net` by name: "ema"; "ema_0.999" for another decay; "ema_length_0.1" for one of this length."""
+    decays = {"ema": decay} | {f"ema_{other}": other for other in others}
+    decays |= {f"ema_length_{length}": power(length) for length in lengths}
+    return {name: EMA(net, decay) for name, decay in decays.items()}

@@ -77,9 +77,9 @@ def muon(net, weight_decay):
     matrix is as large as AdamW's, so that base_lr means the same (Liu et al. 2025, "Muon is Scalable for LLM Training",
     section 2.2). Raises UserError if there is no such matrix.
     """
-    layers = [layer for blocks in net.modules() if isinstance(blocks, nn.ModuleList) for layer in blocks.modules()
-              if not isinstance(layer, nn.Embedding)]
-    hidden = {p: None for layer in layers for p in layer.parameters(recurse=False) if p.ndim == 2}
+    hidden = {p: None for blocks in net.modules() if isinstance(blocks, nn.ModuleList)
+              for layer in blocks.modules() if not isinstance(layer, nn.Embedding)
+              for p in layer.parameters(recurse=False) if p.ndim == 2}  # each once, in order
     if not hidden:
         raise UserError("optimizer muon is for matrices of layers in an nn.ModuleList, and this network has none: put "
                         "its blocks there, or use --optimizer adamw")

@@ -22,7 +22,7 @@ from build import TRAINING_STEPS, compiles, read_data
 from config import Config, marks
 from data_utils import DataSpec, cases
 from distributed import agreed_stop, gather_rows, on_rank0, print0, rank, world_size
-from ema import EMA, LENGTHS
+from ema import LENGTHS, averages
 from logging_utils import Logger, picture_of
 from optimizers import OPTIMIZERS
 from utils import UserError, warn
@@ -48,7 +48,8 @@ class Run:
         config, self.folder = self.config, f"{self.config.ckpt_dir}/{self.config.run_name}"
         self.optimizer = OPTIMIZERS[config.optimizer](self.net, config.weight_decay)
         lengths = LENGTHS * (config.ema_snapshot_every > 0)
-        self.ema = EMA(self.net, *np.ravel(config.ema_decay).tolist(), lengths=lengths)
+        self.emas = averages(self.net, *np.ravel(config.ema_decay).tolist(), lengths=lengths)
+        self.ema = self.emas["ema"]  # which is shown
         self.step = 0  # steps taken
         # Gradient norm, t, loss and importance of this rank's rows since the last line of metrics; norms not yet seen
         self.window, self.norms = [torch.zeros(0, 4, device=self.device)], []
@@ -196,7 +197,7 @@ class Run:
         return {
             "step": self.step,
             "net": self.net.state_dict(),
-            **self.ema.state_dict(),
+            **{name: ema.net.state_dict() for name, ema in self.emas.items()},
             "optimizer": self.optimizer.state_dict(),
             "items": len(self.dataset),
             "window": gather_rows(torch.cat(self.window)),
@@ -227,7 +228,7 @@ class Run:
         if every and self.step % every == 0:
             with self.failures_reported():
                 on_rank0(saving.write_state, f"{self.folder}/snapshot_{self.step:07d}.pt",
-                         self.ema.state_dict("ema_length"))
+                         {name: ema.net.state_dict() for name, ema in self.emas.items() if "length" in name})
 
     def restore(self, path):
         """Resumes the run from a checkpoint."""
@@ -235,8 +236,8 @@ class Run:
         saving.check_data(path, vars(DataSpec(**state["data"])) | {"items": state["items"]},
                           vars(self.spec) | {"items": len(self.dataset)})
         saving.restore(self.net, state["net"], path)
-        for name, average in self.ema.nets.items():
-            average.load_state_dict(state[name])
+        for name, ema in self.emas.items():
+            ema.net.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = self.saved_step = state["step"]
         self.skipped = state["skipped"]

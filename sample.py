@@ -73,8 +73,8 @@ def synthesize(net, path, step, length):
 
     Raises UserError if there are none.
     """
-    files = dict(saving.numbered(os.path.dirname(path) or ".", "snapshot"))
-    files = {n: file for n, file in files.items() if n < step} | {step: path}
+    snapshots = saving.numbered(os.path.dirname(path), "snapshot")
+    files = {n: file for n, file in snapshots if n < step} | {step: path}
     if len(files) == 1:
         raise UserError(f"ema_length {length} needs snapshots, and none before step {step} are beside {path}: "
                         f"train with --ema_snapshot_every {max(step // 20, 1)}, or leave --ema_length out")

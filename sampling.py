@@ -137,7 +137,7 @@ class Field:
             out_kind, c_latest = "x0", self.process.at(self.latest)
             scaled = c_latest.sigma / c.sigma * x
             out = convert(self.predict(scaled, self.latest, time), scaled, c_latest, self.model_type, out_kind)
-        clip = look_up(CLIPS, self.clip_x0)
+        clip = CLIPS[self.clip_x0]
         if clip and (c.sigma > 0 or kinds == ("x0",)):
             out, out_kind = clip(convert(out, x, c, out_kind, "x0")), "x0"
         converted = [convert_output(out, x, c, out_kind, kind) for kind in kinds]

@@ -8,7 +8,7 @@ from scipy.integrate import quad
 from torch import nn
 
 import saving
-from ema import EMA, LENGTHS, exponent, inner_product, synthesis
+from ema import EMA, LENGTHS, averages, exponent, inner_product, power, synthesis
 from sample import Loaded, Options, load_net, main
 
 CPU = torch.device("cpu")
@@ -52,14 +52,14 @@ def test_buffers_are_copied_and_the_state_restores():
 
 def test_several_decays_are_averages_of_their_own():
     net = nn.Linear(2, 1)
-    both, first, second = EMA(net, 0.9, 0.5), EMA(net, 0.9), EMA(net, 0.5)
+    emas, first, second = averages(net, 0.9, 0.5, lengths=[0.1]), EMA(net, 0.9), EMA(net, 0.5)
     for n in path(30, net):
-        for ema in (both, first, second):
+        for ema in (*emas.values(), first, second):
             ema.update(n)
-    assert list(both.nets) == ["ema", "ema_0.5"] and both.net is both.nets["ema"]
-    assert torch.equal(both.net.weight, first.net.weight)
-    assert torch.equal(both.nets["ema_0.5"].weight, second.net.weight)
-    assert not torch.equal(both.net.weight, second.net.weight)
+    assert list(emas) == ["ema", "ema_0.5", "ema_length_0.1"]
+    assert torch.equal(emas["ema"].net.weight, first.net.weight)
+    assert torch.equal(emas["ema_0.5"].net.weight, second.net.weight)
+    assert not torch.equal(first.net.weight, second.net.weight)
 
 
 # ---- Power functions, against numerical integration
@@ -86,29 +86,30 @@ def test_inner_products():
 def test_the_average_of_a_power_weighs_each_step_by_the_integral_of_its_function():
     """The start has no weight at all."""
     net, weights = nn.Linear(2, 1), []
-    ema = EMA(net, 0.9, lengths=[0.2])
+    ema = EMA(net, power(0.2))
     for n in path(40, net):
         weights.append(net.weight.detach().clone().double())
         ema.update(n)
     shares = np.diff((np.arange(41) / 40) ** (exponent(0.2) + 1))
     expected = sum(share * weight for share, weight in zip(shares, weights))
-    torch.testing.assert_close(ema.nets["ema_length_0.2"].weight.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ema.net.weight.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("length, error", [(0.03, 0.1), (0.07, 1e-3), (0.15, 2e-3), (0.25, 0.03)])
 def test_synthesis_against_the_average_that_was_tracked(length, error):
     """The error is relative to the distance of the average of this length from the others."""
     net = nn.Linear(20, 20)
-    ema, steps, kept = EMA(net, 0.9, lengths=[*LENGTHS, length]), [], []
+    emas, steps, kept = [EMA(net, power(own)) for own in (*LENGTHS, length)], [], []
     for n in path(1000, net):
-        ema.update(n)
+        for ema in emas:
+            ema.update(n)
         if (n + 1) % 50 == 0:
             steps.append(n + 1)
-            kept += [ema.nets[f"ema_length_{own}"].weight.double().clone() for own in LENGTHS]
+            kept += [ema.net.weight.double().clone() for ema in emas[:2]]
     factors = synthesis(steps, 1000, length)
     assert factors.shape == (20, 2) and factors.sum() == pytest.approx(1)
     found = sum(factor * weight for factor, weight in zip(factors.flatten(), kept))
-    right = ema.nets[f"ema_length_{length}"].weight.double()
+    right = emas[2].net.weight.double()
     assert (found - right).norm() < error * min((right - weight).norm() for weight in kept[-2:])
 
 
