@@ -75,6 +75,5 @@ class EMA:
 
 def averages(net, decay, *others, lengths=()):
     """Averages of `net` by name: "ema"; "ema_0.999" for another decay; "ema_length_0.1" for one of this length."""
-    decays = {"ema": decay} | {f"ema_{other}": other for other in others}
-    decays |= {f"ema_length_{length}": power(length) for length in lengths}
-    return {name: EMA(net, decay) for name, decay in decays.items()}
+    return {"ema": EMA(net, decay)} | {f"ema_{other}": EMA(net, other) for other in others} | {
+        f"ema_length_{length}": EMA(net, power(length)) for length in lengths}

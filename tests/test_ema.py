@@ -1,5 +1,7 @@
 """Tests of the averages of weights: their formulas, their buffers, synthesis, and that runs save and resume them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,12 @@ from scipy.integrate import quad
 from torch import nn
 
 import saving
+from command_line import read_config
+from data_utils import load_dataset
 from ema import EMA, LENGTHS, averages, exponent, inner_product, power, synthesis
+from evaluate import main as evaluate
 from sample import Loaded, Options, load_net, main
+from trainer import DiffusionTrainer
 
 CPU = torch.device("cpu")
 SEVERAL = dict(ema_decay=(0.9, 0.3), ema_snapshot_every=2, num_training_steps=8, lr_schedule="constant",
@@ -234,6 +240,26 @@ def test_weights_by_the_name_of_their_decay(folder, tmp_path, capsys):
         assert saving.digest(run.net.state_dict()) == saving.digest(state[key]), weights
     main(["--ckpt", f"{folder}/last.pt", "--num", "2", "--ema_length", "0.07", "--out", str(tmp_path / "x")])
     assert "2 samples of ema_length_0.07 weights at step 63" in capsys.readouterr().out
+
+
+def test_decays_from_the_command_line():
+    """One stays a number, so that the checkpoints of one decay are as they were."""
+    for words, decay in ((["0.9"], 0.9), (["0.9", "0.99"], (0.9, 0.99))):
+        assert read_config(["digits", "--ema_decay", *words]).ema_decay == decay
+
+
+def test_a_card_names_its_weights(tmp_path, capsys, without_curves):
+    """And so does the line by which `evaluate.py compare` shows it."""
+    points = dict(network="mlp", hidden_dim=16, num_layers=1, dataset="moons", class_conditional=False)
+    config = tiny(tmp_path, **SEVERAL, **points)
+    DiffusionTrainer(config, load_dataset("moons"), CPU).train()
+    evaluate(["--ckpt", f"{tmp_path}/digits/last.pt", "--ema_length", "0.2", "--num", "40", "--seeds", "1",
+              "--likelihood_num", "0", "--loss_num", "0"])
+    (folder,) = (tmp_path / "digits" / "evaluation").iterdir()
+    assert folder.name.startswith("digits_0000008_ema_length_0.2_euler_")
+    card = json.loads((folder / "card.json").read_text())
+    assert card["options"]["weights"] == "ema_length_0.2" and card["options"]["ema_length"] == 0.2
+    assert "step 8, ema_length_0.2 weights: 1 x 40 samples by euler" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, error", [

@@ -83,7 +83,8 @@ def test_every_option_matters(checkpoints, tmp_path):
     ckpt = checkpoints / "digits" / "last.pt"
     options = ["", "--weights raw", "--sampler euler", "--sampling_steps 6", "--guidance_scale 3", "--seed 1",
                "--labels 4", "--grid edm", "--guidance_scale 3 --guidance_t_max 0.5", "--sampler stochastic_heun",
-               "--sampler stochastic_heun --sde_diffusion sin2", "--bf16 True"]
+               "--sampler stochastic_heun --sde_diffusion sin2", "--bf16 True",
+               "--guidance_scale 3 --clip_x0 static", "--guidance_scale 3 --clip_x0 dynamic"]
     drawn = [sample(tmp_path, ckpt, "--num", "10", "--sampling_steps", "5", *o.split())["arr_0"] for o in options]
     for i in range(len(drawn)):
         for j in range(i):
