@@ -229,6 +229,7 @@ class Run:
             with self.failures_reported():
                 on_rank0(saving.write_state, f"{self.folder}/snapshot_{self.step:07d}.pt",
                          {name: ema.net.state_dict() for name, ema in self.emas.items() if "length" in name})
+            self.restart_clock()
 
     def restore(self, path):
         """Resumes the run from a checkpoint."""
