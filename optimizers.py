@@ -70,12 +70,12 @@ class Both:
 
 
 def muon(net, weight_decay):
-    """Muon for the matrices of hidden layers, and `adamw` for all else (Jordan et al. 2024, "Muon: An optimizer for
-    hidden layers in neural networks").
+    """Muon for the matrices of hidden layers, and `adamw` for all other parameters.
 
-    Hidden layers are those in an nn.ModuleList, where networks have their blocks, but for embeddings. The update of a
-    matrix is as large as AdamW's, so that base_lr means the same (Liu et al. 2025, "Muon is Scalable for LLM Training",
-    section 2.2). Raises UserError if there is no such matrix.
+    (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".) A hidden layer is one anywhere in
+    an nn.ModuleList, where networks keep their blocks, but no embedding; its matrices are its parameters with two
+    dimensions. An update of a matrix is as large as AdamW's, so that base_lr means the same (Liu et al. 2025, "Muon is
+    Scalable for LLM Training", section 2.2). Raises UserError if there is no such matrix.
     """
     hidden = {p: None for blocks in net.modules() if isinstance(blocks, nn.ModuleList)
               for layer in blocks.modules() if not isinstance(layer, nn.Embedding)
