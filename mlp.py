@@ -2,8 +2,8 @@
 
 t is (B,), and label is (B,) int64 or None. The label `num_classes` means "no label", as None does. cond is (B, C),
 with 1 in its last column; zeros mean "no condition", as None does. s is (B,) for a network of two times: see
-flow_maps.py. The first layer is a sum: of a linear layer of xt and cond, a linear layer of sines and cosines of t at
-geometric frequencies, one of t - s, and a learned vector of the label.
+flow_maps.py. The first layer is a sum: of a linear layer of xt and cond, a linear layer of sines and cosines of t (and
+of t - s) at geometric frequencies, and a learned vector of the label.
 
 `PlainMLP` is what papers on points in the plane use: a few linear layers of xt and t itself.
 
@@ -42,8 +42,7 @@ class MLP(nn.Module):
         fastest = 2 if second_time else 6  # a network that is differentiated in time wants slow features
         self.register_buffer("frequencies", math.pi * torch.logspace(-1, fastest, 32, base=2.0), persistent=False)
         self.data = nn.Linear(data_shape[0] + sum(cond_shape), hidden_dim)
-        self.time = nn.Linear(2 * len(self.frequencies), hidden_dim)
-        self.span = nn.Linear(2 * len(self.frequencies), hidden_dim) if second_time else None
+        self.time = nn.Linear((2 + 2 * second_time) * len(self.frequencies), hidden_dim)
         self.label = nn.Embedding(num_classes + 1, hidden_dim) if num_classes else None  # the last row: no label
         self.layers = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, hidden_dim), activation(),
@@ -52,16 +51,12 @@ class MLP(nn.Module):
         )
         self.out = nn.Sequential(nn.LayerNorm(hidden_dim), activation(), zero(nn.Linear(hidden_dim, data_shape[0])))
 
-    def features(self, t):
-        angles = t[:, None] * self.frequencies  # (B, 32)
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
-
     def forward(self, xt, t, label=None, cond=None, s=None):
+        times = [t] if s is None else [t, t - s]
+        angles = torch.cat([time[:, None] * self.frequencies for time in times], dim=1)  # (B, 32) or (B, 64)
         if missing := self.data.in_features - xt.shape[1]:
             xt = torch.cat([xt, xt.new_zeros(len(xt), missing) if cond is None else cond], dim=1)
-        h = self.data(xt) + self.time(self.features(t))  # (B, hidden_dim)
-        if self.span:
-            h = h + self.span(self.features(t - s))
+        h = self.data(xt) + self.time(torch.cat([angles.cos(), angles.sin()], dim=1))  # (B, hidden_dim)
         if self.label is not None:
             h = h + (self.label.weight[-1] if label is None else self.label(label))
         for layer in self.layers:

@@ -107,7 +107,7 @@ class DiffusionTrainer(Run):
         importance, s = weigh(t), None
         if config.objective:
             share = config.off_diagonal * min(1, step / max(config.off_diagonal_warmup, 1))
-            chosen = (torch.arange(rows.start, rows.stop + 1, device=self.device) * share).floor().diff() > 0
+            chosen = uniform() < share
             other = self.time_sampler(config.batch_size, self.device, generator)[rows_of]
             importance = importance * torch.where(chosen, weigh(other), 1)
             other = torch.where(chosen, other, t)

@@ -10,7 +10,6 @@ resolutions. The last layers of each block, of each attention and of the network
 To use another network, write a class with the same call, and give it a row in NETWORKS of build.py.
 """
 
-import copy
 import math
 
 import torch
@@ -55,27 +54,34 @@ def time_features(t, dim, fastest=1000):
 class Conditioning(nn.Module):
     """t (B,), label (B,) or None and attributes (B, A) or None -> one vector (B, dim) that every block reads.
 
-    A network of two times is differentiated in them, so that their features are slower; it also gets s (B,), as t - s.
+    A network of two times also gets s (B,), as t - s. It is differentiated in both, so that their features are slower.
+    A condition that is an image has `channels`, and `joined` puts it beside xt. `cond_shape` is (A,), (C, h, w) or ().
     """
 
-    def __init__(self, features, dim, num_classes, attributes, second_time=False):
+    def __init__(self, features, dim, num_classes, cond_shape, second_time):
         super().__init__()
         self.features = features
         self.fastest = 10 if second_time else 1000
-        self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.span = copy.deepcopy(self.mlp) if second_time else None
+        self.mlp = nn.Sequential(nn.Linear((1 + second_time) * features, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None  # the last row: no label
-        self.attributes = nn.Linear(attributes, dim, bias=False) if attributes else None
+        self.channels = cond_shape[0] if len(cond_shape) == 3 else 0
+        self.attributes = nn.Linear(*cond_shape, dim, bias=False) if len(cond_shape) == 1 else None
 
     def forward(self, t, label, attributes, s=None):
-        emb = self.mlp(time_features(t, self.features, self.fastest))
-        if self.span:
-            emb = emb + self.span(time_features(t - s, self.features, self.fastest))
+        times = [t] if s is None else [t, t - s]
+        emb = self.mlp(torch.cat([time_features(time, self.features, self.fastest) for time in times], dim=1))
         if self.label:
             emb = emb + (self.label.weight[-1] if label is None else self.label(label))
         if self.attributes and attributes is not None:
             emb = emb + self.attributes(attributes)
         return F.silu(emb)
+
+    def joined(self, xt, cond):
+        """xt (B, C, H, W), and the condition at its size, or zeros, as further channels."""
+        if not self.channels:
+            return xt
+        given = xt.new_zeros(len(xt), self.channels, 1, 1) if cond is None else cond
+        return torch.cat([xt, enlarged(given, xt.shape[2:])], dim=1)
 
 
 class Dropout(nn.Dropout):
@@ -172,10 +178,7 @@ class UNet(nn.Module):
                 f"attention_resolutions {' '.join(map(str, attention_resolutions))}: unet has {H} x {W} images "
                 f"at heights {' '.join(map(str, sides))}: choose from these, or none for attention in the middle only")
         emb_dim = 4 * model_channels
-        attributes = cond_shape[0] if len(cond_shape) == 1 else 0
-        self.cond_channels = cond_shape[0] if len(cond_shape) == 3 else 0
-        self.conditioning = Conditioning(2 * (model_channels // 2), emb_dim, num_classes, attributes,
-                                         second_time)
+        self.conditioning = Conditioning(2 * (model_channels // 2), emb_dim, num_classes, cond_shape, second_time)
 
         def block(channels_in, channels, level):
             attention = [Attention(channels)] if sides[level] in attention_resolutions else []
@@ -183,7 +186,7 @@ class UNet(nn.Module):
 
         channels = model_channels
         widths = [mult * model_channels for mult in channel_mults]
-        self.input = conv3x3(C + self.cond_channels, channels)
+        self.input = conv3x3(C + self.conditioning.channels, channels)
         self.down = nn.ModuleList()
         skips = [channels]
         for level, width in enumerate(widths):
@@ -211,10 +214,7 @@ class UNet(nn.Module):
 
     def forward(self, xt, t, label=None, cond=None, s=None):
         emb = self.conditioning(t, label, cond, s)  # (B, emb_dim)
-        if self.cond_channels:
-            given = xt.new_zeros(len(xt), self.cond_channels, 1, 1) if cond is None else cond
-            xt = torch.cat([xt, enlarged(given, xt.shape[2:])], dim=1)
-        h = self.input(xt)
+        h = self.input(self.conditioning.joined(xt, cond))
         skips = [h]
         for layers in self.down:
             h = layers(h, emb)

@@ -176,19 +176,20 @@ def test_the_loss_is_0_at_the_map_of_one_point(tmp_path, objective, base):
 
 
 def test_second_times(tmp_path, digits):
-    """A share of the rows, evenly spread, has s < t; all else is as without an objective, and the share warms up."""
+    """A share of the rows has s < t; all else is as without an objective, and the share warms up."""
     settings = MAP | dict(batch_size=64, off_diagonal=0.25, off_diagonal_warmup=4)
     trainer = make(tmp_path, digits, **settings)
     plain = make(tmp_path, digits, batch_size=64, run_name="plain").prepare_batch(4)
     batch = trainer.prepare_batch(4)
     off = batch.s < batch.t
-    assert off.view(-1, 4).sum(1).tolist() == [1] * 16 and torch.equal(batch.s[~off], batch.t[~off])
+    assert torch.equal(batch.s[~off], batch.t[~off])
     either = (batch.t == plain.t) | (batch.s == plain.t)
     assert either.all() and not torch.equal(batch.t[off], plain.t[off]) and not torch.equal(batch.s[off], plain.t[off])
     for name in ("x0", "x1", "label", "importance"):
         assert torch.equal(getattr(batch, name), getattr(plain, name)), name
-    shares = [(b.s < b.t).double().mean().item() for b in map(trainer.prepare_batch, range(6))]
-    assert shares == [0, 1 / 16, 2 / 16, 3 / 16, 1 / 4, 1 / 4]
+    large = make(tmp_path, digits, **settings | dict(batch_size=10_000, run_name="large"))
+    shares = [(b.s < b.t).double().mean().item() for b in map(large.prepare_batch, range(6))]
+    assert shares[0] == 0 and shares == pytest.approx([0, 1 / 16, 2 / 16, 3 / 16, 1 / 4, 1 / 4], abs=0.018)  # 4 sd
     for parts in (2, 4):
         found = []
         for rank in range(parts):
