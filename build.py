@@ -22,10 +22,11 @@ from prediction import Preconditioned, convert, loss_weight, target
 from processes import make_process
 from sampling import FROM_A_POINT, SDE_SAMPLERS, WITH_GAMMA, Field, draw, make_grid
 from time_samplers import TIME_SAMPLERS
+from transformer import Transformer
 from unet import UNet
 from utils import UserError, call_with_settings, look_up, make_seed, parameters_of
 
-NETWORKS = {"unet": UNet, "mlp": MLP, "plain_mlp": PlainMLP}
+NETWORKS = {"unet": UNet, "transformer": Transformer, "mlp": MLP, "plain_mlp": PlainMLP}
 
 
 class WithNoise(nn.Module):

@@ -123,7 +123,11 @@ class Config:
     channel_mults: Annotated[tuple[int, ...], Within("(0, inf)")] = (1, 2, 2, 2)  # unet: multiples of model_channels.
     num_res_blocks: PositiveInt = 2  # unet: residual blocks at each resolution.
     attention_resolutions: tuple[int, ...] = (16,)  # unet: heights with self-attention, beside the middle's.
-    hidden_dim: PositiveInt = 256  # mlp, plain_mlp: width.
+    hidden_dim: PositiveInt = 256  # mlp, plain_mlp, transformer: width.
+    patch_size: PositiveInt = 2  # transformer: pixels along a side of a patch, which is a token.
+    depth: PositiveInt = 12  # transformer: blocks.
+    heads: PositiveInt = 4  # transformer: heads of the attention; 64 channels in each are common.
+    checkpointing: MayChange[bool] = False  # transformer: compute blocks again in the backward pass, to save memory.
     num_layers: PositiveInt = 4  # mlp: residual layers; plain_mlp: hidden layers.
     activation: key_of("mlp.ACTIVATIONS") = "silu"  # mlp, plain_mlp: activation.
     dropout: Share = 0.1  # Dropout inside the network.

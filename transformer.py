@@ -1,0 +1,105 @@
+"""A diffusion transformer for images: `net(xt, t, label, cond, s)` maps xt (B, C, H, W) to an output of the same shape.
+
+t, label, cond and s are those of unet.py, and enter as they do there. The image is cut into N patches of `patch_size` x
+`patch_size` pixels, and each is a token. This is the network of Peebles & Xie 2023 (DiT), which SiT and JiT take too:
+tokens get sines and cosines of their place; time, label and attributes scale and shift the output of each norm, and
+scale what a block adds, by factors that start at zero (adaLN-zero, section 3.2). So each block starts as the identity,
+and the output at zero. There is one block, with what held in later papers:
+
+- q and k are normalised (RMSNorm; Dehghani et al. 2023, "Scaling Vision Transformers to 22B", section 2): the logits
+  of attention stay bounded at large learning rates. One learned scale is enough, as only its product counts.
+- the MLP is a SwiGLU (Shazeer 2020, eq. 6), better than GELU at the same parameters, for 2/3 of its width, as in JiT.
+- the other norms are LayerNorm without parameters, as in DiT: torch has them fused, and with their forward mode.
+
+The README has the sizes S, B, L and XL.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from unet import Conditioning, Dropout, attend, time_features
+from utils import UserError, enlarged, zero
+
+
+def modulated(x, shift, scale):
+    """LayerNorm of each token of x (B, N, dim), scaled by 1 + scale, and shifted; both are (B, 1, dim)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+
+
+class Block(nn.Module):
+    """Attention over the tokens, and an MLP of each token, on x (B, N, dim), led by emb (B, dim)."""
+
+    def __init__(self, dim, heads, dropout):
+        super().__init__()
+        self.heads = heads
+        width = dim // 3 * 8  # the parameters of an MLP of width 4 dim
+        self.modulation = zero(nn.Linear(dim, 6 * dim))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.norm = nn.RMSNorm(dim // heads)
+        self.attention_out = nn.Linear(dim, dim)
+        self.mlp_in = nn.Linear(dim, 2 * width)
+        self.dropout = Dropout(dropout)
+        self.mlp_out = nn.Linear(width, dim)
+
+    def attention(self, x):
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)  # (B, heads, 3, N, dim / heads)
+        q, k = self.norm(qkv[:, :, :2]).unbind(2)  # each (B, heads, N, dim / heads)
+        return self.attention_out(attend(q, k, qkv[:, :, 2]).transpose(1, 2).flatten(2))
+
+    def mlp(self, x):
+        gate, h = self.mlp_in(x).chunk(2, dim=-1)
+        return self.mlp_out(self.dropout(F.silu(gate) * h))
+
+    def forward(self, x, emb):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, dim=-1)
+        x = torch.addcmul(x, gate1, self.attention(modulated(x, shift1, scale1)))
+        return torch.addcmul(x, gate2, self.mlp(modulated(x, shift2, scale2)))
+
+
+class Transformer(nn.Module):
+    """The transformer. `data_shape` is (C, H, W), with H and W divisible by `patch_size`.
+
+    `depth` is the number of blocks, and `hidden_dim` the width of a token, divisible by `heads` and by 4. With
+    `checkpointing` a block keeps its input alone, and is computed again in the backward pass: about a third more time,
+    and much less memory. A network with `num_classes` 0 ignores labels, and one without `cond_shape`, the shape of a
+    condition as the network gets it, ignores conditions. Raises UserError for data that are no images, and for sizes
+    that do not divide.
+    """
+
+    def __init__(self, data_shape, num_classes=0, patch_size=2, depth=12, heads=4, hidden_dim=256, dropout=0.0,
+                 checkpointing=False, cond_shape=(), second_time=False):
+        super().__init__()
+        if len(data_shape) != 3:
+            raise UserError(f"transformer takes images, not data of shape {tuple(data_shape)}: use --network mlp")
+        C, H, W = data_shape
+        if H % patch_size or W % patch_size:
+            raise UserError(f"transformer cuts {H} x {W} images into patches of {patch_size} x {patch_size}: use a "
+                            "--patch_size that divides both sides, such as 1")
+        if hidden_dim % heads or hidden_dim % 4:
+            raise UserError(f"hidden_dim {hidden_dim} and heads {heads}: transformer needs a --hidden_dim that is "
+                            "divisible by --heads and by 4, such as 64 times the heads")
+        self.patch_size, self.checkpointing = patch_size, checkpointing
+        attributes = cond_shape[0] if len(cond_shape) == 1 else 0
+        self.cond_channels = cond_shape[0] if len(cond_shape) == 3 else 0
+        self.conditioning = Conditioning(256, hidden_dim, num_classes, attributes, second_time)
+        rows, columns = torch.meshgrid(torch.arange(H // patch_size), torch.arange(W // patch_size), indexing="ij")
+        places = [time_features(place.flatten(), hidden_dim // 2, fastest=1) for place in (rows, columns)]
+        self.register_buffer("positions", torch.cat(places, dim=1), persistent=False)  # (N, hidden_dim)
+        self.input = nn.Linear((C + self.cond_channels) * patch_size**2, hidden_dim)
+        self.blocks = nn.ModuleList(Block(hidden_dim, heads, dropout) for _ in range(depth))
+        self.modulation = zero(nn.Linear(hidden_dim, 2 * hidden_dim))
+        self.out = zero(nn.Linear(hidden_dim, C * patch_size**2))
+
+    def forward(self, xt, t, label=None, cond=None, s=None):
+        emb = self.conditioning(t, label, cond, s)  # (B, hidden_dim)
+        if self.cond_channels:
+            given = xt.new_zeros(len(xt), self.cond_channels, 1, 1) if cond is None else cond
+            xt = torch.cat([xt, enlarged(given, xt.shape[2:])], dim=1)
+        patches = F.pixel_unshuffle(xt, self.patch_size)  # (B, C p^2, H / p, W / p)
+        h = self.input(patches.flatten(2).transpose(1, 2)) + self.positions  # (B, N, hidden_dim)
+        for block in self.blocks:
+            h = checkpoint(block, h, emb, use_reentrant=False) if self.checkpointing else block(h, emb)
+        h = self.out(modulated(h, *self.modulation(emb)[:, None].chunk(2, dim=-1)))  # (B, N, C p^2)
+        return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, patches.shape[2:]), self.patch_size)
