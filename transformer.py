@@ -6,10 +6,11 @@ tokens get sines and cosines of their place; time, label and attributes scale an
 scale what a block adds, by factors that start at zero (adaLN-zero, section 3.2). So each block starts as the identity,
 and the output at zero. There is one block, with what held in later papers:
 
-- q and k are normalised (RMSNorm; Dehghani et al. 2023, "Scaling Vision Transformers to 22B", section 2): the logits
-  of attention stay bounded at large learning rates. One learned scale is enough, as only its product counts.
-- the MLP is a SwiGLU (Shazeer 2020, eq. 6), better than GELU at the same parameters, for 2/3 of its width, as in JiT.
-- the other norms are LayerNorm without parameters, as in DiT: torch has them fused, and with their forward mode.
+- q and k are normalised (Dehghani et al. 2023, "Scaling Vision Transformers to 22 Billion Parameters", section 2), so
+  that the logits of attention stay bounded at large learning rates.
+- the MLP is a SwiGLU (Shazeer 2020, eq. 6), as in JiT: better than one with GELU that has as many parameters.
+- linear layers of a block have no bias: the shifts serve as such. All norms are LayerNorm, which is one fused function
+  in torch also on a CPU, where RMSNorm is many.
 
 The README has the sizes S, B, L and XL.
 """
@@ -36,17 +37,17 @@ class Block(nn.Module):
         self.heads = heads
         width = dim // 3 * 8  # the parameters of an MLP of width 4 dim
         self.modulation = zero(nn.Linear(dim, 6 * dim))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.norm = nn.RMSNorm(dim // heads)
-        self.attention_out = nn.Linear(dim, dim)
-        self.mlp_in = nn.Linear(dim, 2 * width)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.norm = nn.LayerNorm(dim // heads, bias=False)
+        self.attention_out = nn.Linear(dim, dim, bias=False)
+        self.mlp_in = nn.Linear(dim, 2 * width, bias=False)
         self.dropout = Dropout(dropout)
-        self.mlp_out = nn.Linear(width, dim)
+        self.mlp_out = nn.Linear(width, dim, bias=False)
 
     def attention(self, x):
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)  # (B, heads, 3, N, dim / heads)
-        q, k = self.norm(qkv[:, :, :2]).unbind(2)  # each (B, heads, N, dim / heads)
-        return self.attention_out(attend(q, k, qkv[:, :, 2]).transpose(1, 2).flatten(2))
+        q, k, v = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
+        h = attend(self.norm(q), self.norm(k), v)  # all (B, heads, N, dim / heads)
+        return self.attention_out(h.transpose(1, 2).flatten(2))
 
     def mlp(self, x):
         gate, h = self.mlp_in(x).chunk(2, dim=-1)
