@@ -124,9 +124,10 @@ def bare_network(trainer):
 
 
 def ceilings(trainer):
-    """What this machine can do: a large matrix product, and a 3 x 3 convolution of the network's width.
+    """What this machine can do: a large matrix product, and, for a network with convolutions, one of 3 x 3.
 
-    The convolution is computed with both of its gradients, as in training. Returns functions by name.
+    The convolution has the network's width, and is computed with both of its gradients, as in training. Returns
+    functions by name.
     """
     config = trainer.config
     device = trainer.device
@@ -139,7 +140,7 @@ def ceilings(trainer):
     side = 8192 if device.type == "cuda" else 2048
     a = random(side, side)
     functions = {"matrix product": lambda: a @ a}
-    if trainer.spec.is_image:
+    if trainer.spec.is_image and config.network != "transformer":
         x = random(len(trainer.own_rows) // config.accumulation_steps, width, *trainer.spec.shape[1:])
         kernel = random(width, width, 3, 3)
         functions["3 x 3 convolution"] = lambda: torch.autograd.grad(F.conv2d(x, kernel, padding=1), [x, kernel], x)

@@ -200,10 +200,10 @@ class Config:
 
 
 SHORT = dict(random_flip=False, dropout=0.0, lr_schedule="cosine")  # for runs of minutes
-DIGITS = SHORT | dict(  # a small network that learns images of 8 x 8 pixels in a minute or two
-    dataset="digits", model_channels=24, channel_mults=(1, 2), attention_resolutions=(), num_res_blocks=1,
-    time_sampler="logit_normal", base_lr=3e-3, warmup_steps=50, ema_decay=0.99, sampling_steps=20,
+SMALL_IMAGES = SHORT | dict(  # for networks that learn images of 8 x 8 pixels in a minute or two
+    dataset="digits", time_sampler="logit_normal", base_lr=3e-3, warmup_steps=50, ema_decay=0.99, sampling_steps=20,
 )
+DIGITS = SMALL_IMAGES | dict(model_channels=24, channel_mults=(1, 2), attention_resolutions=(), num_res_blocks=1)
 DIGITS_FROM_CONDITIONS = DIGITS | dict(
     num_training_steps=1000, log_every=50, sample_every=500, save_every=500, evaluate_every=1000,
 )
@@ -221,6 +221,9 @@ PRESETS = {
     "digits": DIGITS | dict(
         class_conditional=True, num_training_steps=650, num_samples=100, log_every=25, sample_every=325,
         save_every=325, evaluate_every=650,
+    ),
+    "digits_transformer": SMALL_IMAGES | dict(
+        network="transformer", hidden_dim=96, depth=4, class_conditional=True, num_training_steps=1200,
     ),
     "digits_superres": DIGITS_FROM_CONDITIONS | dict(corruption="downsample"),
     "digits_inpaint": DIGITS_FROM_CONDITIONS | dict(corruption="mask_box"),
@@ -241,6 +244,10 @@ PRESETS = {
     "cifar10_edm": dict(  # 18 noise levels, and 0
         process="ve_linear", model_type="edm", target_type="edm", precondition=True, time_sampler="edm_log_normal",
         T_min=0.0, T_max=1.0, grid="edm", sampling_steps=17, denoise=True, sde_sampler="edm_churn",
+    ),
+    "cifar10_transformer": dict(  # of size S; x0 with the loss of the velocity, and times as in Li & He 2025, "JiT"
+        network="transformer", hidden_dim=384, heads=6, model_type="x0", time_sampler="logit_normal",
+        logit_normal_loc=0.8, logit_normal_scale=0.8,
     ),
     "moons": SHORT | dict(
         dataset="moons", network="mlp", sigma_data=1.0, batch_size=512, num_training_steps=3000, base_lr=2e-3,

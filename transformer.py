@@ -44,25 +44,20 @@ class Block(nn.Module):
         self.dropout = Dropout(dropout)
         self.mlp_out = nn.Linear(width, dim, bias=False)
 
-    def attention(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
-        h = attend(self.norm(q), self.norm(k), v)  # all (B, heads, N, dim / heads)
-        return self.attention_out(h.transpose(1, 2).flatten(2))
-
-    def mlp(self, x):
-        gate, h = self.mlp_in(x).chunk(2, dim=-1)
-        return self.mlp_out(self.dropout(F.silu(gate) * h))
-
     def forward(self, x, emb):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.attention(modulated(x, shift1, scale1)))
-        return torch.addcmul(x, gate2, self.mlp(modulated(x, shift2, scale2)))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, -1)  # each (B, 1, dim)
+        qkv = self.qkv(modulated(x, shift1, scale1)).unflatten(-1, (3 * self.heads, -1))  # (B, N, 3 heads, dim / heads)
+        q, k, v = qkv.transpose(1, 2).chunk(3, 1)  # each (B, heads, N, dim / heads)
+        h = attend(self.norm(q), self.norm(k), v).transpose(1, 2).flatten(2)  # (B, N, dim)
+        x = x + gate1 * self.attention_out(h)
+        gate, h = self.mlp_in(modulated(x, shift2, scale2)).chunk(2, -1)  # each (B, N, width)
+        return x + gate2 * self.mlp_out(self.dropout(F.silu(gate) * h))
 
 
 class Transformer(nn.Module):
     """The transformer. `data_shape` is (C, H, W), with H and W divisible by `patch_size`.
 
-    `depth` is the number of blocks, and `hidden_dim` the width of a token, divisible by `heads` and by 4. With
+    `depth` is the number of blocks, and `hidden_dim` the width of a token, divisible by 4 x `heads`. With
     `checkpointing` a block keeps its input alone, and is computed again in the backward pass: about a third more time,
     and much less memory. A network with `num_classes` 0 ignores labels, and one without `cond_shape`, the shape of a
     condition as the network gets it, ignores conditions. Raises UserError for data that are no images, and for sizes
@@ -78,16 +73,16 @@ class Transformer(nn.Module):
         if H % patch_size or W % patch_size:
             raise UserError(f"transformer cuts {H} x {W} images into patches of {patch_size} x {patch_size}: use a "
                             "--patch_size that divides both sides, such as 1")
-        if hidden_dim % heads or hidden_dim % 4:
-            raise UserError(f"hidden_dim {hidden_dim} and heads {heads}: transformer needs a --hidden_dim that is "
-                            "divisible by --heads and by 4, such as 64 times the heads")
+        if hidden_dim % (4 * heads):
+            raise UserError(f"hidden_dim {hidden_dim} is not divisible by 4 x heads, {4 * heads}: use a --hidden_dim "
+                            f"such as {64 * heads}, or fewer --heads")
         self.patch_size, self.checkpointing = patch_size, checkpointing
         attributes = cond_shape[0] if len(cond_shape) == 1 else 0
         self.cond_channels = cond_shape[0] if len(cond_shape) == 3 else 0
         self.conditioning = Conditioning(256, hidden_dim, num_classes, attributes, second_time)
-        rows, columns = torch.meshgrid(torch.arange(H // patch_size), torch.arange(W // patch_size), indexing="ij")
-        places = [time_features(place.flatten(), hidden_dim // 2, fastest=1) for place in (rows, columns)]
-        self.register_buffer("positions", torch.cat(places, dim=1), persistent=False)  # (N, hidden_dim)
+        places = torch.cartesian_prod(torch.arange(H // patch_size), torch.arange(W // patch_size))  # (N, 2)
+        positions = time_features(places.flatten(), hidden_dim // 2, 1).reshape(-1, hidden_dim)
+        self.register_buffer("positions", positions, persistent=False)  # of rows, and of columns
         self.input = nn.Linear((C + self.cond_channels) * patch_size**2, hidden_dim)
         self.blocks = nn.ModuleList(Block(hidden_dim, heads, dropout) for _ in range(depth))
         self.modulation = zero(nn.Linear(hidden_dim, 2 * hidden_dim))
@@ -99,8 +94,8 @@ class Transformer(nn.Module):
             given = xt.new_zeros(len(xt), self.cond_channels, 1, 1) if cond is None else cond
             xt = torch.cat([xt, enlarged(given, xt.shape[2:])], dim=1)
         patches = F.pixel_unshuffle(xt, self.patch_size)  # (B, C p^2, H / p, W / p)
-        h = self.input(patches.flatten(2).transpose(1, 2)) + self.positions  # (B, N, hidden_dim)
+        h = self.input(patches.flatten(2).mT) + self.positions  # (B, N, hidden_dim)
         for block in self.blocks:
             h = checkpoint(block, h, emb, use_reentrant=False) if self.checkpointing else block(h, emb)
-        h = self.out(modulated(h, *self.modulation(emb)[:, None].chunk(2, dim=-1)))  # (B, N, C p^2)
-        return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, patches.shape[2:]), self.patch_size)
+        h = self.out(modulated(h, *self.modulation(emb)[:, None].chunk(2, -1)))  # (B, N, C p^2)
+        return F.pixel_shuffle(h.mT.unflatten(2, patches.shape[2:]), self.patch_size)

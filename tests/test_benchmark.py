@@ -155,6 +155,14 @@ def test_ceilings_are_of_the_networks_width_rows_and_type(tmp_path, digits, bf16
     assert {g.dtype for g in gradients} == {torch.bfloat16 if bf16 else torch.float32}
 
 
+def test_a_network_without_convolutions_is_not_compared_with_one(tmp_path, digits):
+    """A transformer on images: the ceiling is the matrix product alone."""
+    trainer = trainer_of(tmp_path, digits, network="transformer", depth=1, hidden_dim=8, heads=2)
+    assert set(ceilings(trainer)) == {"matrix product"}
+    rows = dict(benchmark.measure_training(trainer))
+    assert rows["matrix product"]["reached_by_the_bare_network"] > 0 and "3 x 3 convolution" not in rows
+
+
 def test_what_torch_compile_does_is_counted(tmp_path, digits, monkeypatch):
     monkeypatch.setattr(benchmark, "counters", {"stats": Counter(unique_graphs=4), "graph_break": Counter(a=2, b=1)})
     rows = dict(benchmark.measure_training(trainer_of(tmp_path, digits)))

@@ -65,7 +65,8 @@ def test_a_network_without_labels_is_not_trained_with_them(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("changes, ignored", [
-    ({}, ""), (PRESETS["moons"], ""), (dict(hidden_dim=64), "network unet does not read hidden_dim"),
+    ({}, ""), (PRESETS["moons"], ""), (PRESETS["digits_transformer"], ""),
+    (dict(hidden_dim=64), "network unet does not read hidden_dim"),
     (dict(network="mlp", model_channels=64, num_layers=2), "network mlp does not read model_channels"),
 ])
 def test_what_a_network_ignores_is_named(capsys, changes, ignored):
@@ -83,9 +84,8 @@ def test_compiling_where_it_pays():
     assert compiles(Config(compile=True), CPU, long, long) and not compiles(Config(compile=False), GPU, long, long)
     chosen = {name: PRESETS[name].get("num_training_steps", Config.num_training_steps) >= long for name in PRESETS}
     assert {name for name in chosen if not chosen[name]} == {
-        "cifar10_debug", "digits", "digits_flow_map", "digits_superres", "digits_inpaint", "moons",
-        "moons_to_eight_gaussians",
-        "navier_stokes"}
+        "cifar10_debug", "digits", "digits_flow_map", "digits_transformer", "digits_superres", "digits_inpaint", "moons",
+        "moons_to_eight_gaussians", "navier_stokes"}
 
 
 @pytest.mark.parametrize("steps, setting, compiled", [
