@@ -103,6 +103,14 @@ def test_time_label_and_pixels_matter_and_rows_do_not_interact():
     assert torch.equal(net(x, t, None), net(x, t, torch.full((4,), 3)))
 
 
+def test_a_second_time_matters():
+    """As the network of a flow map gets it: t - s has features of its own."""
+    net = randomized(Transformer((1, 8, 8), second_time=True, **SMALL))
+    x, t, s = torch.randn(4, 1, 8, 8), torch.rand(4), torch.rand(4)
+    for changed in (net(x, t, None, None, s + 0.1), net(x, t + 0.1, None, None, s + 0.1)):
+        assert (changed - net(x, t, None, None, s)).abs().amax((1, 2, 3)).min() > 1e-4
+
+
 @pytest.mark.parametrize("cond_shape", [(4,), (2, 8, 8), (2, 4, 4)])
 def test_a_condition_matters_and_none_is_zeros(cond_shape):
     net = randomized(Transformer((1, 8, 8), cond_shape=cond_shape, **SMALL))
