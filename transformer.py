@@ -4,7 +4,7 @@ t, label, cond and s are those of unet.py, and enter as they do there. The image
 `patch_size` pixels, and each is a token. This is the network of Peebles & Xie 2023 (DiT), which SiT and JiT take too:
 tokens get sines and cosines of their place; time, label and attributes scale and shift the output of each norm, and
 scale what a block adds, by factors that start at zero (adaLN-zero, section 3.2). So each block starts as the identity,
-and the output at zero. There is one block, with what held in later papers:
+and the output at zero. The rest is what later papers found better, without settings for it:
 
 - q and k are normalised (Dehghani et al. 2023, "Scaling Vision Transformers to 22 Billion Parameters", section 2), so
   that the logits of attention stay bounded at large learning rates.
@@ -30,7 +30,7 @@ def modulated(x, shift, scale):
 
 
 class Block(nn.Module):
-    """Attention over the tokens, and an MLP of each token, on x (B, N, dim), led by emb (B, dim)."""
+    """Attention over the tokens, and an MLP of each token: x (B, N, dim) -> (B, N, dim), given emb (B, dim)."""
 
     def __init__(self, dim, heads, dropout):
         super().__init__()
