@@ -256,8 +256,9 @@ PRESETS = {
     ),
 }
 PRESETS["digits_flow_map"] = PRESETS["digits"] | dict(
-    objective="progressive", time_sampler="uniform", sampler="flow_map", sampling_steps=2, sde_sampler=None,
+    objective="progressive", sampler="flow_map", sampling_steps=2, sde_sampler=None,
 )
+del PRESETS["digits_flow_map"]["time_sampler"]  # for that of the default: many times near both ends
 PRESETS["moons_to_eight_gaussians"] = PRESETS["moons"] | dict(
     dataset="eight_gaussians_far", source="moons_far", gamma="brownian", gamma_scale=0.3, num_training_steps=2000,
     evaluate_every=2000,
@@ -315,6 +316,8 @@ def problems(c: Config, world_size=1, guide=None):
         "diffusion: use these, or --objective None":
             c.objective and (c.model_type, c.target_type, c.precondition, c.gamma, c.trainer)
             != ("velocity", "velocity", False, None, "diffusion"),
+        f"checkpointing gives no derivative in time, which objective {c.objective} takes: use --objective progressive, "
+        "or --checkpointing False": c.checkpointing and c.objective not in (None, "progressive"),
         "coupling ot_within_class needs labels: use --class_conditional True, or --coupling ot":
             c.coupling == "ot_within_class" and not c.class_conditional,
         f"guidance_scale {c.guidance_scale} needs a network that was trained without labels or condition too: train "

@@ -65,17 +65,17 @@ class MLP(nn.Module):
 
 
 class PlainMLP(nn.Module):
-    """`num_layers` linear layers, each with an activation, of xt, t and s, and a last linear layer, without labels.
+    """`num_layers` linear layers, each with an activation, of xt and t, and a last linear layer, without labels.
 
     Raises UserError for data that are no vectors.
     """
 
-    def __init__(self, data_shape, hidden_dim=64, num_layers=3, activation="selu", second_time=False):
+    def __init__(self, data_shape, hidden_dim=64, num_layers=3, activation="selu"):
         super().__init__()
         check_vectors(data_shape)
-        widths = [data_shape[0] + 1 + second_time, *num_layers * [hidden_dim]]
+        widths = [data_shape[0] + 1, *num_layers * [hidden_dim]]
         layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), ACTIVATIONS[activation]())]
         self.layers = nn.Sequential(*layers, nn.Linear(hidden_dim, data_shape[0]))
 
-    def forward(self, xt, t, label=None, cond=None, *s):
-        return self.layers(torch.column_stack([xt, t, *s]))
+    def forward(self, xt, t, label=None, cond=None):
+        return self.layers(torch.cat([xt, t[:, None]], dim=1))

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from unet import Conditioning, Dropout, attend, time_features
-from utils import UserError, enlarged, zero
+from utils import UserError, zero
 
 
 def modulated(x, shift, scale):
@@ -77,23 +77,18 @@ class Transformer(nn.Module):
             raise UserError(f"hidden_dim {hidden_dim} is not divisible by 4 x heads, {4 * heads}: use a --hidden_dim "
                             f"such as {64 * heads}, or fewer --heads")
         self.patch_size, self.checkpointing = patch_size, checkpointing
-        attributes = cond_shape[0] if len(cond_shape) == 1 else 0
-        self.cond_channels = cond_shape[0] if len(cond_shape) == 3 else 0
-        self.conditioning = Conditioning(256, hidden_dim, num_classes, attributes, second_time)
+        self.conditioning = Conditioning(256, hidden_dim, num_classes, cond_shape, second_time)
         places = torch.cartesian_prod(torch.arange(H // patch_size), torch.arange(W // patch_size))  # (N, 2)
         positions = time_features(places.flatten(), hidden_dim // 2, 1).reshape(-1, hidden_dim)
         self.register_buffer("positions", positions, persistent=False)  # of rows, and of columns
-        self.input = nn.Linear((C + self.cond_channels) * patch_size**2, hidden_dim)
+        self.input = nn.Linear((C + self.conditioning.channels) * patch_size**2, hidden_dim)
         self.blocks = nn.ModuleList(Block(hidden_dim, heads, dropout) for _ in range(depth))
         self.modulation = zero(nn.Linear(hidden_dim, 2 * hidden_dim))
         self.out = zero(nn.Linear(hidden_dim, C * patch_size**2))
 
     def forward(self, xt, t, label=None, cond=None, s=None):
         emb = self.conditioning(t, label, cond, s)  # (B, hidden_dim)
-        if self.cond_channels:
-            given = xt.new_zeros(len(xt), self.cond_channels, 1, 1) if cond is None else cond
-            xt = torch.cat([xt, enlarged(given, xt.shape[2:])], dim=1)
-        patches = F.pixel_unshuffle(xt, self.patch_size)  # (B, C p^2, H / p, W / p)
+        patches = F.pixel_unshuffle(self.conditioning.joined(xt, cond), self.patch_size)  # (B, C p^2, H / p, W / p)
         h = self.input(patches.flatten(2).mT) + self.positions  # (B, N, hidden_dim)
         for block in self.blocks:
             h = checkpoint(block, h, emb, use_reentrant=False) if self.checkpointing else block(h, emb)

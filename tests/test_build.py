@@ -84,8 +84,8 @@ def test_compiling_where_it_pays():
     assert compiles(Config(compile=True), CPU, long, long) and not compiles(Config(compile=False), GPU, long, long)
     chosen = {name: PRESETS[name].get("num_training_steps", Config.num_training_steps) >= long for name in PRESETS}
     assert {name for name in chosen if not chosen[name]} == {
-        "cifar10_debug", "digits", "digits_flow_map", "digits_transformer", "digits_superres", "digits_inpaint", "moons",
-        "moons_to_eight_gaussians", "navier_stokes"}
+        "cifar10_debug", "digits", "digits_flow_map", "digits_transformer", "digits_superres", "digits_inpaint",
+        "moons", "moons_to_eight_gaussians", "navier_stokes"}
 
 
 @pytest.mark.parametrize("steps, setting, compiled", [

@@ -124,7 +124,8 @@ def test_guidance_of_a_flow_map_is_that_of_its_average_velocities():
 
 
 @pytest.mark.parametrize("network, shape, settings", [
-    ("mlp", (3,), {}), ("plain_mlp", (3,), {}), ("unet", (2, 8, 8), dict(num_classes=3)),
+    ("mlp", (3,), {}), ("transformer", (2, 4, 8), dict(num_classes=3, depth=2)),
+    ("unet", (2, 8, 8), dict(num_classes=3)),
     ("unet", (1, 8, 8), dict(cond_shape=(2, 4, 4), attention_resolutions=(8,))),
 ])
 def test_the_derivative_is_that_of_finite_differences(network, shape, settings):
@@ -246,6 +247,7 @@ def test_every_script_takes_a_flow_map(tmp_path, own_cache, without_curves, caps
     (dict(model_type="x0"), "objective is for --model_type velocity"),
     (dict(gamma="brownian", source="moons"), "objective is for"),
     (dict(trainer="regression", objective="progressive"), "objective is for"),
+    (dict(network="transformer", checkpointing=True), "checkpointing gives no derivative in time, which objective mean"),
     (dict(off_diagonal=1.5), "off_diagonal is 1.5: expected a number in [0, 1]"),
 ])
 def test_settings_that_contradict_an_objective(changes, words):
