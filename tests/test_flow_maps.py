@@ -247,7 +247,7 @@ def test_every_script_takes_a_flow_map(tmp_path, own_cache, without_curves, caps
     (dict(model_type="x0"), "objective is for --model_type velocity"),
     (dict(gamma="brownian", source="moons"), "objective is for"),
     (dict(trainer="regression", objective="progressive"), "objective is for"),
-    (dict(network="transformer", checkpointing=True), "checkpointing gives no derivative in time, which objective mean"),
+    (dict(network="transformer", checkpointing=True), "checkpointing gives no derivative in time, which"),
     (dict(off_diagonal=1.5), "off_diagonal is 1.5: expected a number in [0, 1]"),
 ])
 def test_settings_that_contradict_an_objective(changes, words):
