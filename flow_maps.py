@@ -12,8 +12,9 @@ if any of these hold for all t and s:
     semigroup     X(xt, t, s) = X(X(xt, t, r), r, s)
 
 Where s = t, the network learns v from the data, by flow matching. An objective holds one of these equations with the
-network itself in the place of what is not known. Only `prediction` has a gradient, and not `target`. (Boffi, Albergo &
-Vanden-Eijnden 2025, "How to build a consistency model: Learning flow maps via self-distillation".)
+network itself in the place of what is not known. Only `prediction` has a gradient, and not `target`. Training has
+s <= t, so that jumps lead to data, not back. (Boffi, Albergo & Vanden-Eijnden 2025, "How to build a consistency model:
+Learning flow maps via self-distillation".)
 
 To add an objective, write such a function and give it a row in OBJECTIVES.
 """

@@ -261,7 +261,7 @@ def main(arguments):
         if unknown := set(options.labels).difference(classes):
             raise UserError(f"labels {unknown} are unknown: the network takes "
                             f"{f'0 to {classes[-1]}' if classes else 'none'}")
-        if options.reverse and (config.source == "noise" or config.sampler in SDE_SAMPLERS):
+        if options.reverse and (config.source == "noise" or config.sampler in (*SDE_SAMPLERS, "flow_map")):
             raise UserError("reverse leads to the source by the ODE: it needs a run with a source, and --sampler heun")
         if options.pairs and spec.cond_shape:
             raise UserError("pairs are those of samples without a condition, and these have one: leave --pairs out")

@@ -15,6 +15,7 @@ from data_utils import load_dataset
 from flow_maps import OBJECTIVES, FlowMap, residual
 from processes import make_process
 from sampling import SAMPLERS, Field, draw
+from trainer import DiffusionTrainer
 from utils import UserError, append_dims, call_with_settings
 
 MAP = dict(objective="lagrangian", sampler="flow_map", sde_sampler=None)
@@ -241,6 +242,19 @@ def test_every_script_takes_a_flow_map(tmp_path, own_cache, without_curves, caps
     printed = capsys.readouterr().out
     assert "3 network calls" not in printed and "1 steps  nfe 1 " in printed.partition("flow_map ")[2]
     assert (tmp_path / "x.gif").exists() and (tmp_path / "card" / "card.json").exists()
+
+
+def test_a_map_between_two_data_sets_leads_one_way(tmp_path, without_curves, capsys):
+    settings = VECTORS | MAP | dict(dataset="eight_gaussians_far", source="moons_far")
+    config = tiny(tmp_path, run_name="map", **settings)
+    DiffusionTrainer(config, load_dataset(**vars(config) | {"name": config.dataset}), torch.device("cpu")).train()
+    words = ["--ckpt", str(tmp_path / "map" / "last.pt"), "--num", "20", "--out", str(tmp_path / "x")]
+    sample.main(words)
+    with pytest.raises(SystemExit):
+        sample.main([*words, "--reverse", "True"])
+    assert "reverse leads to the source by the ODE: it needs a run with a source, and --sampler heun" in (
+        capsys.readouterr().err)
+    sample.main([*words, "--reverse", "True", "--sampler", "heun"])
 
 
 @pytest.mark.parametrize("changes, words", [
