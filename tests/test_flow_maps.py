@@ -84,6 +84,19 @@ def test_objectives_are_those_of_the_papers():
         torch.testing.assert_close(found, prediction - target, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("objective", ["eulerian", "mean_flow", "progressive"])
+def test_a_target_has_no_gradient(objective):
+    """The gradient of r^2 / 2, for r = u - target, is r du/dtheta."""
+    theta = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    u = partial(exact, make_process("rf"), theta)
+    x, velocity = torch.randn(2, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.linspace(0.5, 0.9, 5, dtype=torch.float64)
+    r = residual(objective, u, x, t, t - 0.3, velocity)
+    found, expected = (torch.autograd.grad(loss.sum(), theta)[0] for loss in (
+        r.square() / 2, r.detach() * u(x, t, t - 0.3)))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("base", ["noise", "condition"])
 def test_jumps_are_exact_in_any_number_of_steps(base):
     """By `draw`, from its own noise; with a base around m, which the network gets in xt."""
