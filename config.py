@@ -114,7 +114,7 @@ class Config:
     mode_scale: Annotated[float, Within("[-1, 1.75]")] = 1.29  # mode: above 0 prefers the middle, below 0 the ends.
     objective: key_of("flow_maps.OBJECTIVES") | None = None  # Learn a flow map by this, for few steps of flow_map.
     off_diagonal: Annotated[float, Within("[0, 1]")] = 0.5  # Share of a batch with two times t > s; the rest has s = t.
-    off_diagonal_warmup: NonNegativeInt = 0  # Steps in which this share rises linearly from 0.
+    off_diagonal_warmup: NonNegativeInt = 0  # Steps in which this share rises linearly.
     trainer: key_of("trainer.TRAINERS") = "diffusion"  # Class that makes batches and takes their loss.
 
     # ---- Network

@@ -106,7 +106,7 @@ class DiffusionTrainer(Run):
         weigh = self.time_sampler.importance if config.importance_weights else torch.ones_like
         importance, s = weigh(t), None
         if config.objective:
-            share = config.off_diagonal * min(1, step / max(config.off_diagonal_warmup, 1))
+            share = config.off_diagonal * min(1, (step + 1) / max(config.off_diagonal_warmup, 1))
             chosen = uniform() < share
             other = self.time_sampler(config.batch_size, self.device, generator)[rows_of]
             importance = importance * torch.where(chosen, weigh(other), 1)
