@@ -1,7 +1,9 @@
 """Flow maps: objectives on exact maps, the semigroup, second times, two ranks, and every script on such a run."""
 
+import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_ranks_parts_and_halves, gaussian, make, tiny
@@ -16,7 +18,7 @@ from flow_maps import OBJECTIVES, FlowMap, residual
 from processes import make_process
 from sampling import SAMPLERS, Field, draw
 from trainer import DiffusionTrainer
-from utils import UserError, append_dims, call_with_settings
+from utils import UserError, append_dims, call_with_settings, row_noise
 
 MAP = dict(objective="lagrangian", sampler="flow_map", sde_sampler=None)
 VECTORS = dict(network="mlp", hidden_dim=16, num_layers=1, dataset="moons", class_conditional=False)
@@ -247,16 +249,39 @@ def test_two_ranks_accumulation_and_resuming(tmp_path, settings, without_curves)
 # ---- Scripts, and wrong settings
 
 
-def test_every_script_takes_a_flow_map(tmp_path, own_cache, without_curves, capsys):
-    trainer = make(tmp_path, load_dataset("digits"), **MAP)
+def test_every_script_takes_a_flow_map(tmp_path, digits, own_cache, without_curves, capsys, monkeypatch):
+    """Samples, the last frame of a trajectory, and the loss on the card are those of the trained map."""
+    trainer = make(tmp_path, digits, **MAP | dict(base_lr=1e-2, num_training_steps=20, log_every=20))
     trainer.train()
-    words = ["--ckpt", f"{trainer.folder}/last.pt", "--num", "20"]
-    sample.main([*words, "--out", str(tmp_path / "x"), "--sampling_steps", "3", "--trajectory", "True"])
+    words = ["--ckpt", f"{trainer.folder}/last.pt", "--num", "20", "--weights", "raw"]
+    frames, save = [], sample.save_trajectory
+    monkeypatch.setattr(sample, "save_trajectory", lambda *given: frames.append(given[2]) or save(*given))
+    sample.main([*words, "--out", str(tmp_path / "x"), "--sampling_steps", "1", "--trajectory", "True"])
+    images, labels = np.load(tmp_path / "x.npz").values()
+    t, s, label = torch.full((20,), 0.9999), torch.full((20,), 1e-4), torch.from_numpy(labels)
+    start = 0.9999 * row_noise(range(20), (1, 8, 8), "cpu", 0, "sample")()
+    with torch.no_grad():
+        expected = start + (1e-4 - 0.9999) * trainer.net(start, t, label, None, s)
+        losses = torch.cat([trainer.loss(trainer.prepare_batch(step)) for step in range(40)])
+    decoded = trainer.spec.decode(expected).movedim(1, -1).numpy()
+    assert np.abs(images.astype(int) - decoded).max() <= 1
+    assert frames[0].shape == (2, 20, 1, 8, 8) and np.array_equal(frames[0][-1].movedim(1, -1), images)
     evaluate.main([*words, "--out", str(tmp_path / "card"), "--seeds", "1", "--curve", "1", "2", "--likelihood_num",
-                   "4", "--loss_num", "32"])
-    printed = capsys.readouterr().out
-    assert "3 network calls" not in printed and "1 steps  nfe 1 " in printed.partition("flow_map ")[2]
-    assert (tmp_path / "x.gif").exists() and (tmp_path / "card" / "card.json").exists()
+                   "4", "--loss_num", "640"])
+    assert "1 steps  nfe 1 " in capsys.readouterr().out.partition("flow_map ")[2]
+    card = json.loads((tmp_path / "card" / "card.json").read_text())
+    assert card["loss"]["train"] == pytest.approx(losses.mean().item(), rel=0.15) and card["loss"]["train"] < 0.8
+
+
+def test_a_guide_is_a_map_too(tmp_path, digits, without_curves, capsys):
+    for name, changes in (("map", MAP), ("guide", MAP), ("plain", {})):
+        make(tmp_path, digits, **changes | dict(run_name=name, num_training_steps=2)).train()
+    words = ["--ckpt", str(tmp_path / "map" / "last.pt"), "--num", "4", "--out", str(tmp_path / "x"),
+             "--guidance_scale", "2", "--guide"]
+    sample.main([*words, str(tmp_path / "guide" / "last.pt")])
+    with pytest.raises(SystemExit):
+        sample.main([*words, str(tmp_path / "plain" / "last.pt")])
+    assert "differs in objective" in capsys.readouterr().err
 
 
 def test_a_map_between_two_data_sets_leads_one_way(tmp_path, without_curves, capsys):
