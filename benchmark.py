@@ -103,7 +103,8 @@ def train(trainer, steps):
 def bare_network(trainer):
     """A step of the network alone, on one batch that stays on the device: the backward pass, and the whole step.
 
-    Only its time counts: it learns ones, whatever the trainer's process and target.
+    Only its time counts: it learns ones, whatever the trainer's process and target. A trainer that calls the network
+    several times in a step, as for a flow map, takes that much longer.
     """
     batch = trainer.prepare_batch(0)
     x = formatted(trainer.config, batch.x1)
@@ -118,7 +119,7 @@ def bare_network(trainer):
             backward()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-        trainer.ema.update(trainer.step)
+        trainer.update_averages()
 
     return backward, step
 
@@ -165,7 +166,7 @@ def measure_training(trainer):
         1 if sys.platform == "darwin" else 1024)
     flops = flops_of(lambda: backward(trainer.net))  # its gradients are for the updates of the next line
     times |= time_alternately({"clipping, optimizer and EMA": repeated(
-        lambda: (take_step(trainer.optimizer, config.grad_clip_norm), trainer.ema.update(trainer.step)))}, config)
+        lambda: (take_step(trainer.optimizer, config.grad_clip_norm), trainer.update_averages()))}, config)
 
     whole, bare = times["trainer"], times["bare network"]
     yield "trainer", {"images_per_s": config.batch_size / whole, "of_bare_network": bare / whole}

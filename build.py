@@ -113,9 +113,9 @@ def check_source(config, process):
 
 def check_sampler(config, process, sampler, name="sampler", fix="heun"):
     """Raises UserError if this sampler, the setting `name`, needs what coupling, source or process do not give."""
-    if sampler == "flow_map" and not config.objective:
-        raise UserError(f"{name} flow_map needs a network that was trained as one: use --{name} {fix}, or train with "
-                        "--objective lagrangian")
+    if sampler == "flow_map" and (not config.objective or config.clip_x0 != "none"):
+        raise UserError(f"{name} flow_map needs a network that was trained as one, and predicts no x0 to clip: use "
+                        f"--{name} {fix}, or train with --objective progressive, and draw with --clip_x0 none")
     if process.gamma and sampler not in WITH_GAMMA:
         raise UserError(f"{name} {sampler} knows nothing of the noise of gamma {config.gamma}: use --{name} {fix}")
     independent_noise = config.coupling == "independent" and config.source == "noise"

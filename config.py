@@ -113,7 +113,7 @@ class Config:
     time_beta_b: PositiveFloat = 2.0  # beta: second parameter; larger means less noise.
     mode_scale: Annotated[float, Within("[-1, 1.75]")] = 1.29  # mode: above 0 prefers the middle, below 0 the ends.
     objective: key_of("flow_maps.OBJECTIVES") | None = None  # Learn a flow map by this, for few steps of flow_map.
-    off_diagonal: Annotated[float, Within("[0, 1]")] = 0.5  # Share of a batch with two times t > s; the rest has s = t.
+    off_diagonal: Share = 0.5  # Share of a batch with two times t > s; the rest has s = t.
     off_diagonal_warmup: NonNegativeInt = 0  # Steps in which this share rises linearly.
     trainer: key_of("trainer.TRAINERS") = "diffusion"  # Class that makes batches and takes their loss.
 
@@ -140,7 +140,7 @@ class Config:
     num_training_steps: MayChange[PositiveInt] = 400_000  # Optimizer steps.
     optimizer: key_of("optimizers.OPTIMIZERS") = "adamw"  # muon: for the matrices of hidden layers; else adamw.
     base_lr: PositiveFloat = 2e-4  # Learning rate after warm-up.
-    min_lr: NonNegativeFloat = 0.0  # Learning rate to which schedules fall: cosine and wsd in the last step.
+    min_lr: NonNegativeFloat = 0.0  # Learning rate to which schedules fall: cosine and wsd at its end.
     lr_schedule: key_of("optimizers.SCHEDULES") = "constant"  # Course of the learning rate after warm-up.
     lr_decay_start: PositiveInt = 10_000  # inverse_sqrt: step t from which the rate falls as 1 / sqrt(t).
     lr_decay_share: PositiveShare = 0.2  # wsd: share of the steps after warm-up in which it falls.
@@ -312,10 +312,10 @@ def problems(c: Config, world_size=1, guide=None):
             c.coupling == "sb" and (c.gamma != "brownian" or c.source == "noise"),
         "trainer regression predicts data from conditions alone: use --source noise, or --trainer diffusion":
             c.trainer == "regression" and c.source != "noise",
-        "objective is for --model_type velocity --target_type velocity --precondition False --gamma None --trainer "
-        "diffusion: use these, or --objective None":
-            c.objective and (c.model_type, c.target_type, c.precondition, c.gamma, c.trainer)
-            != ("velocity", "velocity", False, None, "diffusion"),
+        "objective is for --model_type velocity --target_type velocity --precondition False --gamma None, and not for "
+        "--trainer regression: use these, or --objective None":
+            c.objective and ((c.model_type, c.target_type, c.precondition, c.gamma)
+                             != ("velocity", "velocity", False, None) or c.trainer == "regression"),
         f"checkpointing gives no derivative in time, which objective {c.objective} takes: use --objective progressive, "
         "or --checkpointing False": c.checkpointing and c.objective not in (None, "progressive"),
         "coupling ot_within_class needs labels: use --class_conditional True, or --coupling ot":

@@ -84,7 +84,8 @@ class Evaluation(Loaded):
         config, spec = self.config, self.spec
         path = options.regression
         self.regression = run = Loaded(
-            replace(options, ckpt=path, guide=None, source=None, ema_length=None), device) if path else None
+            replace(options, ckpt=path, guide=None, source=None, weights="ema", ema_length=None, sampler=None),
+            device) if path else None
         if run and (run.config.trainer != "regression" or run.spec != spec):
             raise UserError(f"{path} is no regression for these data: train one with the settings of this run and "
                             "--trainer regression")
@@ -111,7 +112,7 @@ class Evaluation(Loaded):
         self.evaluator = Evaluator(train, reference, device, options.extractor,
                                    suffix="" if options.reference == "train" else "_test")
         self.card = {
-            "step": self.state["step"], "options": vars(options) | {"weights": self.weights}, "config": vars(config),
+            "step": self.state["step"], "options": vars(options), "config": vars(config),
             "protocol": {  # what must be the same before two figures are compared
                 "samples": options.num, "labels": config.class_conditional,
                 "samples_per_cond": times if spec.cond_shape else None,
@@ -124,7 +125,7 @@ class Evaluation(Loaded):
             "git_commit": git_commit(), "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         }
-        what = f"{config.run_name}_{self.card['step']:07d}_{self.weights}_{config.sampler}"
+        what = f"{config.run_name}_{self.card['step']:07d}_{options.weights}_{config.sampler}"
         beside = os.path.dirname(options.ckpt) or "."
         self.folder = options.out or f"{beside}/evaluation/{what}_{digest(vars(options))[:6]}"
         self.pictures = {}

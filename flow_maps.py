@@ -84,7 +84,7 @@ def progressive(u, x, t, s, velocity):
     """The semigroup: one jump, and two jumps by way of the time in the middle (Boffi et al. 2025, PSD)."""
     middle = (t + s) / 2
     with torch.no_grad():
-        first = u(x, t, middle)
+        first = u(x, t, middle).clone()  # in CUDA graphs the next call would overwrite it
         second = u(x + append_dims(middle - t, x.ndim) * first, middle, s)
     return u(x, t, s), (first + second) / 2
 

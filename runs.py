@@ -222,6 +222,10 @@ class Run:
             self.restart_clock()
         return not self.save_failed
 
+    def update_averages(self):
+        for ema in self.emas.values():
+            ema.update(self.step)
+
     def save_snapshot(self):
         """Writes the averages of powers, if due after this step: before its checkpoint, or a kill might lose them."""
         every = self.config.ema_snapshot_every

@@ -81,9 +81,13 @@ def synthesize(net, path, step, length):
     weights = dict.fromkeys(dict(net.named_parameters()), 0.0)
     for file, factors in zip(files.values(), synthesis([*files], step, length).tolist()):
         averages = saving.load(file)
-        for factor, own in zip(factors, LENGTHS):
-            for name in weights:
-                weights[name] += factor * averages[f"ema_length_{own}"][name].double()
+        try:
+            for factor, own in zip(factors, LENGTHS):
+                for name in weights:
+                    weights[name] += factor * averages[f"ema_length_{own}"][name].double()
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{file} has no averages of this network, which ema_length needs: give --ckpt a checkpoint "
+                            "in the folder of its own run, or leave --ema_length out") from error
     net.load_state_dict(weights, strict=False)  # without the buffers, which are the last ones
 
 
@@ -130,7 +134,8 @@ class Loaded:
         self.options, self.device = options, device
         self.state, config, self.spec, self.process, self.net = load_net(
             options.ckpt, options.weights, device, options.ema_length)
-        self.weights = f"ema_length_{options.ema_length}" if options.ema_length else options.weights
+        if options.ema_length:
+            options.weights = f"ema_length_{options.ema_length}"  # on cards, and in what is printed
         chosen = {name: value for name, value in vars(options).items() if hasattr(config, name) and value is not None}
         self.config = config = replace(config, **chosen, sde_sampler=None)
         for problem in problems(config, guide=options.guide):
@@ -292,7 +297,7 @@ def main(arguments):
             first = given._replace(num=min(given.num, shown or 2000))
             frames = states[: first.num].transpose(0, 1) if options.rollout else trajectory(run, first)
             on_rank0(save_trajectory, run, first, frames, f"{out}.gif")
-        print0(f"{given.num} samples of {run.weights} weights at step {run.state['step']}, by "
+        print0(f"{given.num} samples of {options.weights} weights at step {run.state['step']}, by "
                f"{config.sampler}: {out}.npz and {out}.png")
 
 

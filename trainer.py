@@ -194,8 +194,7 @@ class DiffusionTrainer(Run):
             # step, unless the gradient is not finite
             grad_norm = take_step(self.optimizer, config.grad_clip_norm)
             self.optimizer.zero_grad()
-            for ema in self.emas.values():
-                ema.update(self.step)
+            self.update_averages()
             rows = grad_norm.expand_as(batch.t), batch.t, torch.cat(losses), batch.importance
             self.window.append(torch.stack(rows, dim=1))
             self.norms.append(grad_norm)

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Prints the tables of results.md "Draw in few steps": sh docs/few_steps.sh     An hour or so on one core.
 # All runs of a data set cost as much training: the steps of each follow from what one costs. COST is a percentage of
-# these steps, JOBS runs as many at once, and RUNS is the folder of the runs, which are kept there, and not trained again.
+# these steps, JOBS runs as many at once, and RUNS is the folder of the runs, which are kept and not trained again.
 set -eu
 cd "$(dirname "$0")/.."
 export PYTHON="${PYTHON:-python}" RUNS="${RUNS:-ckpts/few_steps}" COST="${COST:-100}"

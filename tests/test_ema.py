@@ -281,3 +281,12 @@ def test_no_snapshots_in_one_line(folder, tmp_path):
     words = "none before step 63 are beside .*: train with --ema_snapshot_every 3, or"
     with pytest.raises(saving.UserError, match=words):
         Loaded(Options(ckpt=str(copied), ema_length=0.1), CPU)
+
+
+def test_snapshots_of_another_network_in_one_line(folder, tmp_path, digits, without_curves):
+    make(tmp_path, digits, run_name="other", num_training_steps=2, model_channels=16).train()
+    for path in (*folder.glob("snapshot_*"), tmp_path / "other" / "last.pt"):  # of 2 steps, and of 63
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "snapshot_0000001.pt").write_bytes((folder / "snapshot_0000005.pt").read_bytes())
+    with pytest.raises(saving.UserError, match="has no averages of this network, which ema_length needs: give --ckpt"):
+        Loaded(Options(ckpt=str(tmp_path / "last.pt"), ema_length=0.1), CPU)

@@ -207,7 +207,7 @@ def test_second_times(tmp_path, digits):
     large = make(tmp_path, digits, **settings | dict(batch_size=10_000, run_name="large"))
     shares = [(b.s < b.t).double().mean().item() for b in map(large.prepare_batch, range(6))]
     assert shares == pytest.approx([1 / 16, 2 / 16, 3 / 16, 1 / 4, 1 / 4, 1 / 4], abs=0.018)  # 4 standard deviations
-    always = make(tmp_path, digits, **MAP | dict(off_diagonal=1.0, run_name="always"))
+    always = make(tmp_path, digits, **MAP | dict(off_diagonal=0.99999, run_name="always"))
     assert all((batch.s < batch.t).all() for batch in map(always.prepare_batch, range(3)))
     for parts in (2, 4):
         found = []
@@ -302,7 +302,7 @@ def test_a_map_between_two_data_sets_leads_one_way(tmp_path, without_curves, cap
     (dict(gamma="brownian", source="moons"), "objective is for"),
     (dict(trainer="regression", objective="progressive"), "objective is for"),
     (dict(network="transformer", checkpointing=True), "checkpointing gives no derivative in time, which"),
-    (dict(off_diagonal=1.5), "off_diagonal is 1.5: expected a number in [0, 1]"),
+    (dict(off_diagonal=1.0), "off_diagonal is 1.0: expected a number in [0, 1)"),
 ])
 def test_settings_that_contradict_an_objective(changes, words):
     (problem,) = problems(Config(**dict(objective="mean_flow") | changes))
@@ -310,8 +310,11 @@ def test_settings_that_contradict_an_objective(changes, words):
 
 
 def test_a_map_needs_an_objective_and_a_network_of_two_times(tmp_path, digits, monkeypatch):
-    with pytest.raises(UserError, match="sampler flow_map needs a network that was trained as one: use --sampler heun"):
+    with pytest.raises(UserError, match="sampler flow_map needs a network that was trained as one, and predicts no "
+                       "x0 to clip: use --sampler heun"):
         check_run(Config(sampler="flow_map"), torch.device("cpu"))
+    with pytest.raises(UserError, match="predicts no x0 to clip: .* draw with --clip_x0 none"):
+        check_run(Config(**MAP | dict(clip_x0="static")), torch.device("cpu"))
 
     class OneTime(torch.nn.Module):
         def __init__(self, data_shape, num_classes):
