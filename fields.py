@@ -23,9 +23,11 @@ CHANNELS = (1, 3, 4)  # that an image can have
 
 def channels_first(images):
     """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) -> (N, C, H, W). Other arrays stay as they are."""
-    if images.dtype == np.uint8 and images.ndim == 3:
+    if images.dtype != np.uint8:
+        return images
+    if images.ndim == 3:
         return images[:, None]
-    if images.dtype == np.uint8 and images.ndim == 4:
+    if images.ndim == 4:
         first, last = images.shape[1::2]
         if last in CHANNELS and (first not in CHANNELS or last < first):
             return np.ascontiguousarray(np.moveaxis(images, 3, 1))

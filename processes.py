@@ -114,14 +114,14 @@ class Process:
     def gamma_dot(self, t):
         return derivative(self.gamma, t)
 
-    def coefs(self, t, ndim=1) -> Coefs:
-        """The coefficients at t (B,), shaped to multiply a batch of `ndim` dimensions."""
+    def coefs(self, t, ndim=1):
+        """The `Coefs` at t (B,), shaped to multiply a batch of `ndim` dimensions."""
         found = {name: append_dims(getattr(self, name)(t), ndim) for name in Coefs._fields
                  if name != "sigma_data" and getattr(self, name.removesuffix("_dot"))}
         return Coefs(sigma_data=self.sigma_data, **found)
 
-    def at(self, time) -> Coefs:
-        """The coefficients at one time: float64 scalars on the CPU. They multiply tensors of any type and device."""
+    def at(self, time):
+        """The `Coefs` at one time: float64 scalars on the CPU. They multiply tensors of any type and device."""
         return self.coefs(torch.tensor(time, dtype=torch.float64), ndim=0)
 
     def log_snr(self, t):
@@ -183,7 +183,7 @@ class Cosine(Process):
     """
 
     def alpha(self, t):
-        return torch.sin(0.5 * math.pi * (1 - t))
+        return self.sigma(1 - t)
 
     def sigma(self, t):
         return torch.sin(0.5 * math.pi * t)
@@ -234,9 +234,9 @@ class LinearVP(Process):
         return self.inverse_log_alpha(torch.log1p((-log_snr).exp()) / 2)  # (sigma / alpha)^2 = exp(-2 log alpha) - 1
 
     def inverse_log_alpha(self, minus_log_alpha):
-        # solves slope t^2 / 4 + constant t / 2 = -log alpha, in the form that also holds where slope is 0
-        slope, constant = self.beta_max - self.beta_min, self.beta_min
-        return 4 * minus_log_alpha / (constant + (constant**2 + 4 * slope * minus_log_alpha).sqrt())
+        # solves slope t^2 / 4 + beta_min t / 2 = -log alpha, in the form that also holds where slope is 0
+        slope = self.beta_max - self.beta_min
+        return 4 * minus_log_alpha / (self.beta_min + (self.beta_min**2 + 4 * slope * minus_log_alpha).sqrt())
 
 
 class SubVP(LinearVP):
@@ -386,7 +386,7 @@ GAMMAS = {
 class AroundMean(Process):
     """`process` with the base N(m, base_std^2 I): sigma -> base_std sigma, and shift = sigma."""
 
-    def __init__(self, process: Process, base_std):
+    def __init__(self, process, base_std):
         self.alpha, self.alpha_dot = process.alpha, process.alpha_dot
         self.shift, self.shift_dot = process.sigma, process.sigma_dot
         self.sigma = lambda t: base_std * process.sigma(t)
@@ -407,7 +407,7 @@ BASES = {"noise": lambda cond, shape: 0.0, "condition": first_channels}
 
 
 def make_process(process, sigma_data=0.5, base="noise", base_std=1.0, gamma=None, gamma_scale=1.0,
-                 **settings) -> Process:
+                 **settings):
     """The process of this name, made with those of `settings` that it has arguments for; others are ignored.
 
     `gamma` (a name in GAMMAS) adds the noise gamma_scale gamma(t) z. Raises UserError for an unknown name, and for

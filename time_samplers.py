@@ -36,8 +36,12 @@ class Uniform:
         """The probability density of the times of `unit` at u in [0, 1], in u's type or in float64."""
         return torch.ones_like(u)
 
+    def times(self, batch_size, **where):
+        """Times (B,) in [T_min, T_max], to rounding, of any type. `where` as in `unit`."""
+        return self.T_min + (self.T_max - self.T_min) * self.unit(batch_size, **where)
+
     def __call__(self, batch_size, device=None, generator=None):
-        t = self.T_min + (self.T_max - self.T_min) * self.unit(batch_size, device=device, generator=generator)
+        t = self.times(batch_size, device=device, generator=generator)
         return t.float().clamp(self.T_min, self.T_max)  # rounding may go beyond an end by one unit in the last place
 
     def density(self, t):
@@ -112,9 +116,8 @@ class Beta(Uniform):
         return x / (x + y)
 
     def unit_density(self, u):
-        a, b = self.shapes(u)
         # its validation of arguments would wait for a GPU
-        return torch.distributions.Beta(a, b, validate_args=False).log_prob(inside(u)).exp()
+        return torch.distributions.Beta(*self.shapes(u), validate_args=False).log_prob(inside(u)).exp()
 
 
 @dataclass
@@ -186,10 +189,9 @@ class EDMLogNormal(Uniform):
         """log(sigma / alpha), standardized: N(0, 1) before it is truncated."""
         return (-c.log_snr / 2 - self.edm_P_mean) / self.edm_P_std
 
-    def __call__(self, batch_size, device=None, generator=None):
-        u = self.low + self.share * torch.rand(batch_size, device=device, generator=generator, dtype=torch.float64)
-        t = self.process.time(-2 * (self.edm_P_mean + self.edm_P_std * torch.special.ndtri(u)))
-        return t.float().clamp(self.T_min, self.T_max)
+    def times(self, batch_size, **where):
+        u = self.low + self.share * torch.rand(batch_size, **where, dtype=torch.float64)
+        return self.process.time(-2 * (self.edm_P_mean + self.edm_P_std * torch.special.ndtri(u)))
 
     def density(self, t):
         c = self.process.coefs(t.double())
