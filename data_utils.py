@@ -220,7 +220,7 @@ def as_labels(labels, n, source):
     return labels.astype(np.int64), int(labels.max()) + 1
 
 
-def make_dataset(data, labels, source="make_dataset", cond=None) -> Dataset:
+def make_dataset(data, labels, source="make_dataset", cond=None):
     """A data set of images, fields or vectors, with labels (N,) from 0, or None, and conditions (N, ...), or None.
 
     Both are what `as_arrays` takes. Conditions with as many channels as the data are of the same quantities, and are
@@ -433,7 +433,7 @@ DATASETS = {
 
 
 def load_dataset(name, data_dir="data", image_size=32, download=False, split="train", channels=(), lag=0,
-                 corruption=None, source="noise", coupling="independent", **settings) -> Dataset:
+                 corruption=None, source="noise", coupling="independent", **settings):
     """The split, train or test, of the data set of this name, of a .npz or .npy file, or of a folder of .npy files.
 
     `image_size` is in pixels, for image_folder, and `channels` are those of files to take. The condition of an item is
@@ -491,14 +491,14 @@ def cases(dataset, num, samples_per_cond, class_conditional):
     """What `num` samples are drawn for: labels in the proportions of the data set; or, if this has conditions, those of
     items that are spread over it, `samples_per_cond` for each.
     """
-    if not dataset.spec.cond_shape:
-        if not dataset.source:
-            return Cases(num, spread_labels(dataset.labels, num) if class_conditional else None)
-        rows = random_rows(dataset, num)  # whose labels a given partner may depend on
-        labels = torch.from_numpy(dataset.labels[rows]) if class_conditional else None
-        return Cases(num, labels, start=dataset.start(rows))
-    rows = np.linspace(0, len(dataset) - 1, max(1, num // samples_per_cond)).astype(int)
-    return dataset.cases(rows, samples_per_cond)
+    if dataset.spec.cond_shape:
+        rows = np.linspace(0, len(dataset) - 1, max(1, num // samples_per_cond)).astype(int)
+        return dataset.cases(rows, samples_per_cond)
+    if not dataset.source:
+        return Cases(num, spread_labels(dataset.labels, num) if class_conditional else None)
+    rows = random_rows(dataset, num)  # whose labels a given partner may depend on
+    labels = torch.from_numpy(dataset.labels[rows]) if class_conditional else None
+    return Cases(num, labels, start=dataset.start(rows))
 
 
 def random_rows(dataset, n):

@@ -47,6 +47,11 @@ def root_mean_square(x):
     return x.square().mean().sqrt().item()
 
 
+def fraction(chosen):
+    """The share of True in a tensor, as a float."""
+    return chosen.double().mean().item()
+
+
 # ---- Points
 
 
@@ -207,7 +212,7 @@ def compare_ensembles(samples, truth, spec):
     found = {"rmse": root_mean_square(x.mean(1) - y), "crps": (error.abs().mean() - pairs / 2).item()}
     if K > 1:
         found["spread_over_error"] = (x.var(1).mean() * (K + 1) / K).sqrt().item() / max(found["rmse"], 1e-12)
-        found["outside"] = (error.sign().sum(1).abs() == K).double().mean().item()  # all errors of one sign
+        found["outside"] = fraction(error.sign().sum(1).abs() == K)  # all errors of one sign
     if spec.is_image:
         found["psnr"] = 20 * math.log10(255 / spec.std[0] / max(root_mean_square(error), 1e-6))
     if spec.is_field:
@@ -221,9 +226,8 @@ def compare_ensembles(samples, truth, spec):
 def content(data):
     """The SHA-256 of an array's type, shape and values, as hexadecimal digits."""
     hashed = hashlib.sha256(f"{data.dtype} {data.shape}".encode())
-    rows = max(1, 2**24 // math.prod(data.shape[1:]))
-    for start in range(0, len(data), rows):
-        hashed.update(np.ascontiguousarray(data[start : start + rows]))
+    for start in range(0, len(data), 100):  # few at once: items may be large, and on disk
+        hashed.update(np.ascontiguousarray(data[start : start + 100]))
     return hashed.hexdigest()
 
 
@@ -236,8 +240,7 @@ def cached(kind, arrays, recipe, make):
     key = on_rank0(lambda: digest([*map(content, arrays), recipe])[:16])
     path = f"{data_utils.CACHE}/{kind}-{key}.pt"
     if not on_rank0(os.path.exists, path):
-        tensors = make()
-        on_rank0(write_tensors, path, tensors)
+        on_rank0(write_tensors, path, make())
 
     def read():
         try:
@@ -421,5 +424,5 @@ class Evaluator:
             if self.classifier is not self.extractor:
                 features = features_of(self.classifier, samples.numpy(), self.device)
             logits = self.classifier.head(features.to(self.device)).cpu()
-            found["recognised"] = (logits.argmax(1) == labels).double().mean().item()
+            found["recognised"] = fraction(logits.argmax(1) == labels)
         return found if truth is None else found | compare_ensembles(samples, truth, self.spec)
