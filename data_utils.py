@@ -356,7 +356,8 @@ def image_folder(data_dir, image_size, split):
     if split not in folders:
         raise UserError(
             f"{data_dir} has no test split: expected class folders in {data_dir}/train and in {data_dir}/test")
-    folder, datasets = folders[split], import_torchvision().datasets
+    folder = folders[split]
+    datasets = import_torchvision().datasets
     try:
         images, classes = datasets.ImageFolder(folder), datasets.folder.find_classes(folders["train"])[0]
         paths, labels = zip(*images.samples)
@@ -452,7 +453,8 @@ def load_dataset(name, data_dir="data", image_size=32, download=False, split="tr
             function, dict(data_dir=data_dir, image_size=image_size, download=download, split=split))
         if channels:
             raise UserError(f"channels {channels}: expected with a FILE or FOLDER of fields, not with {name}")
-    spec, dataset.name = dataset.spec, f"{name} {split}"
+    spec = dataset.spec
+    dataset.name = f"{name} {split}"
     if (dataset.cond is not None) + (lag > 0) + bool(corruption) > 1:
         raise UserError(f"{name}: expected one condition, that of the data, --lag or --corruption, and not two")
     if lag:
@@ -463,7 +465,8 @@ def load_dataset(name, data_dir="data", image_size=32, download=False, split="tr
         dataset.labels = None if dataset.labels is None else dataset.labels[dataset.data.rows]
         spec.cond_shape, spec.cond_mean, spec.cond_std = spec.shape, spec.mean, spec.std
     if corruption:
-        function, C = look_up(CORRUPTIONS, corruption), spec.shape[0]
+        function = look_up(CORRUPTIONS, corruption)
+        C = spec.shape[0]
         dataset.corruption = lambda x0, uniform: call_with_settings(function, settings | {"uniform": uniform}, x0=x0)
         if len(spec.shape) != 3:
             raise UserError(f"corruption {corruption} is for images and fields, not for data of shape {spec.shape}")
@@ -539,7 +542,8 @@ class Batches:
 
     def indices(self, step):
         """Indices (B,) of the global batch of this step, which may reach into the next epoch, or span several."""
-        n, first = len(self.dataset), 0 if self.overfit_one_batch else step * self.batch_size
+        n = len(self.dataset)
+        first = 0 if self.overfit_one_batch else step * self.batch_size
         epochs, places = np.divmod(first + np.arange(self.batch_size), n)
         return np.concatenate([epoch_order(n, self.seed, epoch, self.dataset.name)[places[epochs == epoch]]
                                for epoch in np.unique(epochs)])

@@ -160,7 +160,7 @@ def statistics(data, source):
                 file = data.names[data.array_of(data.rows[bad[0]])] if getattr(data, "names", ()) else source
                 raise UserError(f"{file}: item {bad[0]} has values that are not finite in float32: expected finite "
                                 "numbers; remove or repair it")
-            sums = sums + np.stack([part.sum((0, 2)), (part**2).sum((0, 2))])
+            sums += np.stack([part.sum((0, 2)), (part**2).sum((0, 2))])
             progress.update(len(part))
     mean, square = sums / (n * size)
     return mean.tolist(), [math.sqrt(v) or 1.0 for v in (square - mean**2).clip(0)]

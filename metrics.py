@@ -102,7 +102,8 @@ def compare_points(samples, reference):
     They are of the first samples and as many random items of the reference, at most POINTS. Raises UserError if samples
     are not finite.
     """
-    n, spec = min(len(samples), len(reference), POINTS), reference.spec
+    n = min(len(samples), len(reference), POINTS)
+    spec = reference.spec
     rows = data_utils.random_rows(reference, n)
     x, y = (spec.encode(part).double() for part in (samples[:n], torch.from_numpy(reference.data[rows])))
     found = {"spectral_distance": spectral_distance(x, y)} if spec.is_field else {}
@@ -133,7 +134,8 @@ def compare_features(x, reference):
     import_torchvision()  # before torch_fidelity does
     from torch_fidelity import metric_fid, metric_kid, metric_prc
 
-    y, gaussian = reference["features"], {name: value.numpy() for name, value in reference.items()}
+    y = reference["features"]
+    gaussian = {name: value.numpy() for name, value in reference.items()}
     fid = metric_fid.fid_statistics_to_metric(metric_fid.fid_features_to_statistics(x.double()), gaussian, False)
     kid = metric_kid.kid_features_to_metric(x, y, kid_subset_size=min(1000, len(x), len(y)), verbose=False)
     prc = metric_prc.prc_features_to_metric(x[:SUBSET], y, save_cpu_ram=True, prc_batch_size=1000, verbose=False)
@@ -161,14 +163,17 @@ def statistics_of(extractor, images, device):
 
     The images are read once, SUBSET at a time: memory does not grow with their number. All ranks must call it.
     """
-    n, total, products, kept = len(images), 0.0, 0.0, []
+    n = len(images)
+    total = products = 0.0
+    kept = []
     chosen = np.random.default_rng(0).permutation(n) < SUBSET
     for start in range(0, n, SUBSET):
         rows = slice(start, start + SUBSET)
         features = features_of(extractor, images[rows], device)
         kept.append(features[chosen[rows]])
         features = features.double()
-        total, products = total + features.sum(0), products + features.T @ features
+        total += features.sum(0)
+        products += features.T @ features
     mean = total / n
     sigma = (products - n * mean[:, None] * mean) / (n - 1)
     return {"mu": mean, "sigma": sigma, "features": torch.cat(kept)}
@@ -206,7 +211,8 @@ def compare_ensembles(samples, truth, spec):
     """
     y = spec.encode(truth).double().flatten(1)  # (n, D)
     x = spec.encode(samples).double().reshape(len(y), -1, y.shape[1])  # (n, K, D)
-    K, error = x.shape[1], x - y[:, None]
+    K = x.shape[1]
+    error = x - y[:, None]
     # sum over all pairs of |x_i - x_j| = 2 sum_i (2 i - K - 1) x_(i)
     pairs = 2 * (torch.arange(1 - K, K, 2).double() @ x.sort(dim=1).values).mean() / max(K * (K - 1), 1)
     found = {"rmse": root_mean_square(x.mean(1) - y), "crps": (error.abs().mean() - pairs / 2).item()}
@@ -396,7 +402,10 @@ class Evaluator:
     """
 
     def __init__(self, train, reference, device, extractor="classifier", suffix=""):
-        self.reference, self.items, self.device, self.suffix = reference, len(reference), device, suffix
+        self.reference = reference
+        self.items = len(reference)
+        self.device = device
+        self.suffix = suffix
         self.spec = train.spec
         self.extractor = self.classifier = None
         if train.spec.is_image:
@@ -414,7 +423,9 @@ class Evaluator:
         if min(len(samples), self.items) < LEAST:
             raise UserError(f"{len(samples)} samples cannot be compared with {self.items} items: expected {LEAST} or "
                             "more of both")
-        prefix, compare, features = "", compare_points, samples
+        prefix = ""
+        compare = compare_points
+        features = samples
         if self.extractor:
             prefix, compare = self.extractor.prefix, compare_features
             features = features_of(self.extractor, samples.numpy(), self.device)
