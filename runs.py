@@ -7,7 +7,6 @@ drawn or saved at a step is a function of the state at that step: a run that res
 
 import contextlib
 import functools
-import itertools
 import math
 import os
 import statistics
@@ -45,16 +44,19 @@ class Run:
 
     def open_run(self):
         """Opens the folder of the run, and resumes it if there is a checkpoint. All ranks must call it."""
-        config, self.folder = self.config, f"{self.config.ckpt_dir}/{self.config.run_name}"
+        config = self.config
+        self.folder = f"{self.config.ckpt_dir}/{self.config.run_name}"
         self.optimizer = OPTIMIZERS[config.optimizer](self.net, config.weight_decay)
-        lengths = LENGTHS * (config.ema_snapshot_every > 0)
-        self.emas = averages(self.net, *np.ravel(config.ema_decay).tolist(), lengths=lengths)
+        self.emas = averages(self.net, *np.ravel(config.ema_decay).tolist(),
+                             lengths=LENGTHS * (config.ema_snapshot_every > 0))
         self.ema = self.emas["ema"]  # which is shown
         self.step = 0  # steps taken
-        # Gradient norm, t, loss and importance of this rank's rows since the last line of metrics; norms not yet seen
-        self.window, self.norms = [torch.zeros(0, 4, device=self.device)], []
+        # Gradient norm, t, loss and importance of this rank's rows since the last line of metrics
+        self.window = [torch.zeros(0, 4, device=self.device)]
+        self.norms = []  # gradient norms that `check_norms` has not yet seen
         self.skipped = 0  # steps in a row until now that were not finite
-        self.saved_step, self.save_failed = None, False  # step of the last checkpoint; whether the last try failed
+        self.saved_step = None  # step of the last checkpoint
+        self.save_failed = False  # whether the last try to write one failed
         self.evaluator = self.logger = None  # made when it is needed; made on rank 0 alone
 
         print0(f"{len(self.dataset):,} items of shape {self.spec.shape}, {config.network} of "
@@ -76,13 +78,17 @@ class Run:
 
     @contextlib.contextmanager
     def failures_reported(self, what=""):
-        """Reports a UserError within, which all ranks meet, and lets training continue."""
+        """Reports a UserError within, which all ranks meet, and lets training continue.
+
+        The clock of images_per_second starts anew after it, since this is no training.
+        """
         try:
             yield
         except UserError as error:
             stopped = what and agreed_stop()  # a signal stops drawing, and training reports it
             if rank() == 0 and not stopped:
                 warn(f"{f'no {what} at step {self.step}: ' if what else ''}{error}")
+        self.restart_clock()
 
     def check_norms(self):
         """Looks at the gradient norms since the last call, which waits for the device, and reports skipped steps.
@@ -111,7 +117,6 @@ class Run:
                    "epoch": self.step * self.config.batch_size / len(self.dataset)}
         with self.failures_reported():
             on_rank0(lambda: self.logger.log(self.step, values))
-        self.restart_clock()
 
     def show(self, name, path, items, drawn_for=None):
         """Saves a picture of samples or data: a grid of images, by class if these are few, or a scatter plot."""
@@ -160,7 +165,6 @@ class Run:
         if grids or evaluation:
             with self.failures_reported():
                 on_rank0(lambda: self.logger.curves())
-            self.restart_clock()
 
     def sample(self):
         """Grids by both samplers, of raw and EMA weights, with the same noise and labels in all grids of a run."""
@@ -170,13 +174,14 @@ class Run:
         if config.class_conditional and drawn_for.cond is None and drawn_for.start is None:
             drawn_for = drawn_for._replace(labels=torch.arange(config.num_samples) % self.spec.num_classes)
         self.net.eval()
-        for weights, sampler in itertools.product(("raw", "ema"), samplers):
-            path = self.picture_path(weights, sampler)
-            if on_rank0(os.path.exists, path):
-                continue
-            with self.failures_reported(f"grid of {weights} weights by {sampler}"):
-                samples, _ = self.samples(weights, sampler, drawn_for)
-                on_rank0(self.show, f"{weights}_{sampler}", path, samples, drawn_for)
+        for weights in "raw", "ema":
+            for sampler in samplers:
+                path = self.picture_path(weights, sampler)
+                if on_rank0(os.path.exists, path):
+                    continue
+                with self.failures_reported(f"grid of {weights} weights by {sampler}"):
+                    samples, _ = self.samples(weights, sampler, drawn_for)
+                    on_rank0(self.show, f"{weights}_{sampler}", path, samples, drawn_for)
         self.net.train()
 
     def evaluate(self):
@@ -210,7 +215,8 @@ class Run:
         """Writes a checkpoint on rank 0, unless this step has one. Returns whether it is there."""
         self.check_norms()
         if self.saved_step != self.step:
-            state, self.save_failed = self.state(), True
+            state = self.state()
+            self.save_failed = True
 
             def write():
                 self.logger.write_all()  # no checkpoint without the metrics up to it
@@ -219,7 +225,6 @@ class Run:
             with self.failures_reported():
                 on_rank0(write)
                 self.save_failed, self.saved_step = False, self.step
-            self.restart_clock()
         return not self.save_failed
 
     def update_averages(self):
@@ -233,7 +238,6 @@ class Run:
             with self.failures_reported():
                 on_rank0(saving.write_state, f"{self.folder}/snapshot_{self.step:07d}.pt",
                          {name: ema.net.state_dict() for name, ema in self.emas.items() if "length" in name})
-            self.restart_clock()
 
     def restore(self, path):
         """Resumes the run from a checkpoint."""
