@@ -43,13 +43,13 @@ from logging_utils import (
     save_picture,
     start_wandb,
 )
-from metrics import EXTRACTORS, LEAST, Evaluator, content, nearest, root_mean_square, spectrum, wasserstein
+from metrics import EXTRACTORS, LEAST, Evaluator, content, fraction, nearest, root_mean_square, spectrum, wasserstein
 from processes import first_channels
 from sample import Drawing, Loaded, frame_times, trajectory
 from sampling import SAMPLERS
 from saving import digest
 from trainer import TRAINERS
-from utils import UserError, look_up, parameters_of, write_atomically
+from utils import UserError, parameters_of, write_atomically
 
 BINS = 20  # of t, in the curve of the loss
 SHOWN, NEIGHBOURS = 20, 3  # samples in the picture of neighbours, and neighbours beside each
@@ -79,7 +79,7 @@ class Evaluation(Loaded):
     once they are drawn. Raises UserError if something of it cannot be had.
     """
 
-    def __init__(self, options: Options, device):
+    def __init__(self, options, device):
         super().__init__(options, device)
         config, spec = self.config, self.spec
         path = options.regression
@@ -100,7 +100,8 @@ class Evaluation(Loaded):
         train, reference = self.data["train"], self.data[options.reference]
         self.held_out = self.data.get("test", train) if spec.cond_shape or train.source else train
         self.given = cases(self.held_out, options.num, config.samples_per_cond, config.class_conditional)
-        options.num, times = self.given.num, self.given.times
+        options.num = self.given.num
+        times = self.given.times
         if options.num < LEAST * times:
             raise UserError(f"{options.num} samples are those of {options.num // times} conditions: expected {LEAST} "
                             f"or more; use --num {LEAST * times}, or fewer --samples_per_cond")
@@ -169,7 +170,8 @@ def title(card):
 
 def distances(e):
     """The metrics over the seeds, and those of real data, which show what a perfect model would get."""
-    sets, options = [], e.options
+    sets = []
+    options = e.options
     for seed in range(options.seed, options.seed + options.seeds):
         e.samples, e.card["nfe"] = e.draw(e.given, seed=seed)
         sets.append(e.evaluator(e.samples, e.given.labels, e.given.truth))
@@ -193,7 +195,10 @@ def real_data(e):
 
     They are of the other split; without a test split, of one half of the training split, against the other half.
     """
-    train, test, evaluator, what = e.data["train"], e.data.get("test"), e.evaluator, "the other split"
+    train = e.data["train"]
+    test = e.data.get("test")
+    evaluator = e.evaluator
+    what = "the other split"
     dataset = test if e.options.reference == "train" else train
     if test is None or len(test) < LEAST:
         dataset, reference = (replace(train, data=train.data[k::2]) for k in (0, 1))
@@ -246,14 +251,14 @@ def forecasts(e):
     for name, samples in {**found, "samples": e.samples}.items():
         values = {} if name == "samples" else e.evaluator(samples, one.labels, one.truth)
         if config.corruption and "uniform" not in parameters_of(CORRUPTIONS[config.corruption]):
-            cond = given.cond[:: given.num // len(samples), :-1]
-            error = e.held_out.corruption(spec.encode(samples), uniform=None) - cond
-            values["consistency"] = root_mean_square(error)
+            left = e.held_out.corruption(spec.encode(samples), uniform=None)
+            values["consistency"] = root_mean_square(left - given.cond[:: given.num // len(samples), :-1])
         if values:
             e.card["forecasts"][name] = values
             print0(f"{name:11} {in_words(values)}")
     if spec.is_field:
-        lines, e.card["spectra"] = {}, {}
+        lines = {}
+        e.card["spectra"] = {}
         for name, samples in {"truth": given.truth, "samples": e.samples, **found}.items():
             power = spectrum(samples).numpy()
             lines[name] = range(1, len(power) + 1), power
@@ -275,7 +280,9 @@ def likelihood(e):
     if not test or not known or not e.options.likelihood_num:
         return
     items = e.random_items(test, e.options.likelihood_num)
-    dims, rows, parts = math.prod(spec.shape), share(items.num), [torch.empty(0)]
+    dims = math.prod(spec.shape)
+    rows = share(items.num)
+    parts = [torch.empty(0)]
     bin_width = 1 / spec.std[0] if spec.is_image else 0.0
     settings = vars(e.config) | dict(
         process=e.process, rows=rows, device=e.device, bin_width=bin_width, guidance_scale=1.0,
@@ -304,7 +311,8 @@ def neighbours(e):
     A near-copy is less than a third as far from its nearest training image as from the second nearest, in pixels (Yoon
     et al. 2023, "Diffusion Probabilistic Models Generalize when They Fail to Memorize", section 3).
     """
-    train, n = e.data["train"].data, e.options.neighbours_num
+    train = e.data["train"].data
+    n = e.options.neighbours_num
     if not n or not e.spec.is_image:
         return
     samples = e.samples[:n]
@@ -313,7 +321,7 @@ def neighbours(e):
     order = ratio.argsort()[:SHOWN]
     columns = [samples[order], *(torch.from_numpy(train[column.numpy()]) for column in items[order].T)]
     e.pictures["neighbours"] = image_grid(torch.stack(columns, dim=1).flatten(0, 1), 2 * len(columns))
-    copies = (ratio < 1 / 3).double().mean().item()
+    copies = fraction(ratio < 1 / 3)
     e.card["neighbours"] = {"items": len(samples), "near_copies": copies}
     print0(f"neighbours  {100 * copies:.2f}% of {len(samples):,} samples are near-copies of training images")
 
@@ -327,7 +335,8 @@ def loss_by_t(e):
 
     if not e.options.loss_num:
         return
-    lines, e.card["loss"] = {}, {}
+    lines = {}
+    e.card["loss"] = {}
     for split, data in e.data.items():
         t, values = found = losses(e, data)
         lines[split] = binned_statistic(t, found, bins=BINS, range=(e.config.T_min, e.config.T_max)).statistic
@@ -345,11 +354,11 @@ def losses(e, data):
     c = replace(e.config, batch_size=max(e.config.batch_size, world_size()), time_sampler="stratified",
                 importance_weights=False, random_flip=False, label_dropout=0.0, cond_dropout=0.0,
                 overfit_one_batch=False, off_diagonal_warmup=0)
-    trainer = look_up(TRAINERS, c.trainer)(c, data, e.device)
+    trainer = TRAINERS[c.trainer](c, data, e.device)
     trainer.forward = e.net
-    found, steps = [], math.ceil(e.options.loss_num / c.batch_size)
+    found = []
     with torch.no_grad():
-        for step in Progress("loss by t", range(steps), "batch"):
+        for step in Progress("loss by t", range(math.ceil(e.options.loss_num / c.batch_size)), "batch"):
             batch = trainer.prepare_batch(step)
             found.append(torch.stack([batch.t, trainer.loss(batch)], dim=1))
     return gather_rows(torch.cat(found)).double().T.numpy()
@@ -363,7 +372,9 @@ def curve(e):
 
     dopri5 gets the tolerances 0.1, 0.01, ... instead.
     """
-    points, lines, metric = [], {}, next(iter(e.card["metrics"]))
+    points = []
+    lines = {}
+    metric = next(iter(e.card["metrics"]))
     for name in SAMPLERS:
         for k, steps in enumerate(sorted(e.options.curve), 1):
             changes = {"rtol": 10.0**-k, "atol": 10.0**-k} if name == "dopri5" else {"sampling_steps": steps}

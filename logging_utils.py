@@ -159,8 +159,7 @@ def start_wandb(folder, config, shown, new):
                          # a kill may cost 1 s of history, not 15
                          settings=wandb.Settings(x_transaction_log_flush_interval=1.0))
         write_atomically(path, run.id)
-        offline = f"offline; upload with `wandb sync {os.path.dirname(run.dir)}`"
-        print0("wandb:", offline if run.offline else run.url)
+        print0("wandb:", f"offline; upload with `wandb sync {os.path.dirname(run.dir)}`" if run.offline else run.url)
         return run
     except Exception as error:
         warn(f"wandb: the run continues without it ({first_line(error)}); metrics.jsonl has everything")
@@ -252,7 +251,9 @@ def draw_lines(axes, lines, **settings):
 
 def scatter_plot(samples, data=None):
     """Samples (N, D), beside 2,000 of the data (M, D) if given, first and last coordinate -> a PIL image."""
-    panels = {"samples": samples} if data is None else {"samples": samples, "data": data[:2000]}
+    panels = {"samples": samples}
+    if data is not None:
+        panels["data"] = data[:2000]
     figure = new_figure(5 * len(panels), 5)
     *_, points = panels.values()  # the data, if there are
     points = np.nan_to_num(np.asarray(points)[:, [0, -1]], posinf=0.0, neginf=0.0)

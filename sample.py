@@ -195,7 +195,8 @@ def trajectory(run, given, **changes):
     last. So it suits any sampler. Where sigma is above 1, the state is divided by it: noise of standard deviation 80
     would leave the picture. All ranks must call it.
     """
-    states, recording = {}, copy.copy(run)
+    states = {}
+    recording = copy.copy(run)
 
     def recorded(xt, t, label, cond, *s):
         time = t[0].item()
@@ -220,12 +221,9 @@ def frames_of(run, given, states):
     and at most 1. There are none if the velocity depends on more than the point, or `trajectory` changes the scale.
     """
     spec = run.spec
-    config = run.config
-    process = run.process
     points = spec.encode(states.flatten(0, 1)).reshape(states.shape)[..., [0, -1]].movedim(2, 0)  # (2, F, N)
-    settings = vars(config) | dict(net=run.net, guide=run.guide, process=process, device=run.device)
-    field = field_of(range(len(GRID)), spec.shape, **settings)
-    depends = config.class_conditional or given.cond is not None or process.at(1.0).sigma > 1
+    field = field_of(range(len(GRID)), spec.shape, **vars(run.config) | vars(run))  # with its process, net and guide
+    depends = run.config.class_conditional or given.cond is not None or run.process.at(1.0).sigma > 1
     times = [] if depends or spec.shape != (2,) else frame_times(run, given)
     for k in range(len(states)):
         axes = new_figure(3, 3).subplots()
