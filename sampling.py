@@ -97,7 +97,8 @@ class Field:
     clip_x0: str = "none"
 
     def __post_init__(self):
-        self.calls, self.given = 0, (self.label, self.cond, self.m)
+        self.calls = 0
+        self.given = (self.label, self.cond, self.m)
         hidden = (None, None, 0.0) if self.cond_dropout else (None, self.cond, self.m)
         self.guiding = (self.guide, *self.given) if self.guide else (self.net, *hidden)  # the guide, and what it gets
         can_hide = self.label is not None or self.cond is not None and self.cond_dropout
@@ -130,11 +131,13 @@ class Field:
 
     def __call__(self, x, time, *kinds):
         """The prediction at x (B, ...) and one time: one kind, or a list of several, by a single network call."""
-        out_kind, c = self.model_type, self.process.at(min(time, self.process.last))
+        out_kind = self.model_type
+        c = self.process.at(min(time, self.process.last))
         if time <= self.latest:
             out = self.predict(x, time, time)
         else:
-            out_kind, c_latest = "x0", self.process.at(self.latest)
+            out_kind = "x0"
+            c_latest = self.process.at(self.latest)
             scaled = c_latest.sigma / c.sigma * x
             out = convert(self.predict(scaled, self.latest, time), scaled, c_latest, self.model_type, out_kind)
         clip = CLIPS[self.clip_x0]
@@ -169,7 +172,7 @@ def uniform(u, T_min, T_max):
 
 def quadratic(u, T_min, T_max):
     """Equal steps of sqrt(t), so that steps of t are shorter near the data (Song et al. 2020, "DDIM", appendix D.2)."""
-    return (T_min**0.5 + (T_max**0.5 - T_min**0.5) * u) ** 2
+    return uniform(u, T_min**0.5, T_max**0.5) ** 2
 
 
 def shifted(u, T_min, T_max, grid_shift):
@@ -464,7 +467,8 @@ def draw(net, process, *, rows, shape, device, seed, sampler, sampling_steps, T_
     unknown sampler or grid.
     """
     settings = {**settings, "process": process}
-    ts, solve = make_grid(sampling_steps, T_min, T_max, grid, **settings), look_up(SAMPLERS, sampler)
+    ts = make_grid(sampling_steps, T_min, T_max, grid, **settings)
+    solve = look_up(SAMPLERS, sampler)
     if reverse:
         ts = ts[::-1]
         denoise = False
