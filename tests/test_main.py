@@ -56,7 +56,7 @@ def test_help_shows_settings_defaults_comments_and_names():
     assert result.returncode == 0, result.stderr
     for field in dataclasses.fields(Config):
         assert f"--{field.name.replace('_', '-')}" in result.stdout
-    for words in ("{rf,cosine,linear_vp,", "{euler,heun,midpoint,rk4,ddim,dpmpp_2m,dopri5,euler_maruyama,",
+    for words in ("{rf,cosine,linear_vp,", "{euler,heun,midpoint,rk4,ddim,dpmpp_2m,dopri5,flow_map,euler_maruyama,",
                   "{None,euler_maruyama,", "(default: 128)", "fashion_mnist", "after warm-up."):
         assert words in result.stdout, words
 
