@@ -26,11 +26,11 @@ digits None 2600
 digits lagrangian 650
 digits mean_flow 1100
 digits eulerian 1050
-moons progressive 7500
-moons None 12000
-moons lagrangian 3000
-moons mean_flow 4800
-moons eulerian 4800
+moons progressive 4500
+moons None 7200
+moons lagrangian 1800
+moons mean_flow 2900
+moons eulerian 2900
 EOF
 "$PYTHON" - "$RUNS" <<'PY'
 import json, sys
