@@ -45,5 +45,5 @@ for preset, metric in (("digits", "recognised"), ("digits", "classifier_fd1k"), 
             values = {point["sampling_steps"]: point[metric] for point in card["curve"]["points"]
                       if point["sampler"] == sampler}
             cells = " | ".join(f"{values[n]:.3g}" for n in (1, 2, 4, 8))
-            print(f"| {objective} | {card['step']:,} | {sampler} | {cells} |")
+            print(f"| {objective.lower()} | {card['step']:,} | {sampler} | {cells} |")
 PY
