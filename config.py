@@ -223,7 +223,7 @@ PRESETS = {
         save_every=325, evaluate_every=650,
     ),
     "digits_transformer": SMALL_IMAGES | dict(
-        network="transformer", hidden_dim=96, depth=4, class_conditional=True, num_training_steps=1200,
+        network="transformer", hidden_dim=96, depth=4, class_conditional=True, num_training_steps=1200, num_samples=100,
     ),
     "digits_superres": DIGITS_FROM_CONDITIONS | dict(corruption="downsample"),
     "digits_inpaint": DIGITS_FROM_CONDITIONS | dict(corruption="mask_box"),
