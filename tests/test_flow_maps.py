@@ -238,7 +238,8 @@ def test_a_loss_of_diagonal_pairs_is_that_of_flow_matching(tmp_path, digits):
 
 
 @pytest.mark.parametrize("settings", [
-    *(VECTORS | dict(objective=objective) for objective in OBJECTIVES), dict(coupling="ot", objective="mean_flow"),
+    *(VECTORS | dict(objective=objective) for objective in OBJECTIVES),
+    dict(coupling="ot", objective="mean_flow", base_lr=1e-3),  # Adam at a larger rate enlarges rounding
 ], ids=[*OBJECTIVES, "unet"])
 def test_two_ranks_accumulation_and_resuming(tmp_path, settings, without_curves):
     """Losses as those of one rank, so that a derivative drops no exchange; in two halves, bit for bit as a whole."""
