@@ -141,7 +141,7 @@ def ceilings(trainer):
     side = 8192 if device.type == "cuda" else 2048
     a = random(side, side)
     functions = {"matrix product": lambda: a @ a}
-    if trainer.spec.is_image and config.network != "transformer":
+    if trainer.spec.is_image and any(isinstance(module, torch.nn.Conv2d) for module in trainer.net.modules()):
         x = random(len(trainer.own_rows) // config.accumulation_steps, width, *trainer.spec.shape[1:])
         kernel = random(width, width, 3, 3)
         functions["3 x 3 convolution"] = lambda: torch.autograd.grad(F.conv2d(x, kernel, padding=1), [x, kernel], x)

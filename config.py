@@ -140,7 +140,7 @@ class Config:
     num_training_steps: MayChange[PositiveInt] = 400_000  # Optimizer steps.
     optimizer: key_of("optimizers.OPTIMIZERS") = "adamw"  # muon: for the matrices of hidden layers; else adamw.
     base_lr: PositiveFloat = 2e-4  # Learning rate after warm-up.
-    min_lr: NonNegativeFloat = 0.0  # Learning rate to which schedules fall: cosine and wsd at its end.
+    min_lr: NonNegativeFloat = 0.0  # Learning rate to which schedules fall: cosine and wsd at their end.
     lr_schedule: key_of("optimizers.SCHEDULES") = "constant"  # Course of the learning rate after warm-up.
     lr_decay_start: PositiveInt = 10_000  # inverse_sqrt: step t from which the rate falls as 1 / sqrt(t).
     lr_decay_share: PositiveShare = 0.2  # wsd: share of the steps after warm-up in which it falls.

@@ -28,14 +28,18 @@ def test_output_has_the_shape_of_the_input(shape):
     assert torch.equal(net(x, torch.rand(2)), torch.zeros_like(x))  # the last layer starts at zero
 
 
-def test_time_label_and_pixels_matter_and_rows_do_not_interact():
-    net = randomized(UNet((1, 8, 8), num_classes=3, **SMALL))
+def assert_inputs_matter(net, atol):
+    """Time, label and pixels of one channel of 8 x 8 matter, with three classes, and rows do not interact."""
     x, t, label = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 0])
     out = net(x, t, label)
     changed = {"x": net(x + 1, t, label), "t": net(x, t + 0.1, label), "label": net(x, t, (label + 1) % 3)}
     for name, changed_out in changed.items():
         assert (changed_out - out).abs().amax((1, 2, 3)).min() > 1e-3, name
-    torch.testing.assert_close(net(x[1:3], t[1:3], label[1:3]), out[1:3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net(x[1:3], t[1:3], label[1:3]), out[1:3], rtol=1e-4, atol=atol)
+
+
+def test_time_label_and_pixels_matter_and_rows_do_not_interact():
+    assert_inputs_matter(randomized(UNet((1, 8, 8), num_classes=3, **SMALL)), atol=1e-5)
 
 
 def test_none_is_the_null_label():
