@@ -1,8 +1,12 @@
 """Tests of the transformer: shapes, the start at zero, places, conditions, its published size, and wrong settings."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from test_unet import assert_inputs_matter, randomized
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -224,3 +228,17 @@ def test_presets_and_defaults_make_a_network():
     for settings in (*map(PRESETS.get, PRESETS_OF_IT), dict(network="transformer")):
         with torch.device("meta"):
             call_with_settings(Transformer, vars(Config(**settings)), data_shape=(3, 32, 32))
+
+
+def test_the_sizes_of_the_readme():
+    """Parameters and multiply-adds of all four, counted without computing anything."""
+    rows = re.findall(r"^\| (\w+) \| `--hidden_dim (\d+) --depth (\d+) --heads (\d+)` \| ([\d.]+) M .*\| ([\d.]+) G ",
+                      (ROOT / "README.md").read_text(), re.M)
+    assert [row[0] for row in rows] == ["S", "B", "L", "XL"]
+    for _, dim, depth, heads, parameters, multiply_adds in rows:
+        with torch.device("meta"):
+            net = Transformer((4, 32, 32), num_classes=1000, hidden_dim=int(dim), depth=int(depth), heads=int(heads))
+            given = torch.empty(1, 4, 32, 32), torch.empty(1), torch.zeros(1, dtype=torch.long)
+            flops = flops_of(partial(net, *given))
+        assert f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}" == parameters
+        assert f"{flops / 2e9:.2f}" == multiply_adds
